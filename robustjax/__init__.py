@@ -1,0 +1,1 @@
+"""robustjax: compiled attacks, adversarial training and honest evaluation in JAX."""
