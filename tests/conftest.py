@@ -1,0 +1,22 @@
+"""Every test runs on four fake CPU devices, with JAX's strictest settings."""
+
+import os
+
+# Before JAX starts: a GPU or TPU would make the same tests other tests.
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Plots go to files; a window would wait for somebody.
+os.environ["MPLBACKEND"] = "agg"
+
+import hypothesis
+import jax
+
+NUM_DEVICES = 4
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The first example of a property compiles, so no deadline; the same examples on
+# every machine, so that a failure in CI is a failure here.
+hypothesis.settings.register_profile("robustjax", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("robustjax")
