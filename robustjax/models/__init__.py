@@ -1,0 +1,15 @@
+"""Models: pairs of pure functions, adapters to libraries, and the zoo."""
+
+from robustjax.models.base import Model as Model
+from robustjax.models.base import from_linen as from_linen
+from robustjax.models.base import from_nnx as from_nnx
+from robustjax.models.base import logits_fn as logits_fn
+from robustjax.models.convolution import conv2d as conv2d
+from robustjax.models.layers import average_pool as average_pool
+from robustjax.models.layers import max_pool as max_pool
+from robustjax.models.layers import normalize as normalize
+from robustjax.models.madry_mnist import madry_mnist as madry_mnist
+from robustjax.models.madry_mnist import small_cnn as small_cnn
+from robustjax.models.mlp import mlp as mlp
+from robustjax.models.resnet import preact_resnet18 as preact_resnet18
+from robustjax.models.wide_resnet import wide_resnet as wide_resnet

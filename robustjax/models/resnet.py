@@ -1,0 +1,164 @@
+"""Pre-activation residual networks for 32 x 32 images."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from robustjax.models.base import Model, from_linen
+from robustjax.models.convolution import Convolution
+from robustjax.models.layers import BatchNorm, Conv, Dense, activate, normalize
+from robustjax.types import Array
+
+
+class PreActBlock(nn.Module):
+    """BN, activation, conv, BN, activation, conv; the shortcut's 1 x 1 convolution
+    reads the pre-activated input."""
+
+    features: int
+    stride: int
+    activation: str
+    momentum: float
+    tiny: float
+    batch_groups: int
+    dtype: Any
+    convolution: Convolution
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        def norm(name: str) -> BatchNorm:
+            return BatchNorm(
+                self.momentum, self.tiny, self.batch_groups, self.dtype, name=name
+            )
+
+        def conv(size: int, stride: int, name: str) -> Conv:
+            return Conv(
+                self.features,
+                size,
+                stride,
+                padding=size // 2,
+                dtype=self.dtype,
+                convolution=self.convolution,
+                name=name,
+            )
+
+        out = activate(norm("bn1")(x, train=train), self.activation)
+        if self.stride != 1 or x.shape[-1] != self.features:
+            x = conv(1, self.stride, "shortcut")(out)
+        out = conv(3, self.stride, "conv1")(out)
+        out = activate(norm("bn2")(out, train=train), self.activation)
+        return x + conv(3, 1, "conv2")(out)
+
+
+class PreActResNet(nn.Module):
+    """A stem, stages of blocks, BN and activation, global average, logits."""
+
+    features: tuple[int, ...]  # of the stem, then of each stage
+    blocks: tuple[int, ...]
+    num_classes: int
+    activation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    momentum: float
+    tiny: float
+    batch_groups: int
+    dtype: Any
+    convolution: Convolution
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        x = normalize(x, self.mean, self.std)
+        x = Conv(
+            self.features[0],
+            padding=1,
+            dtype=self.dtype,
+            convolution=self.convolution,
+            name="stem",
+        )(x)
+        for stage, (width, count) in enumerate(
+            zip(self.features[1:], self.blocks, strict=True)
+        ):
+            for block in range(count):
+                x = PreActBlock(
+                    width,
+                    2 if stage > 0 and block == 0 else 1,
+                    self.activation,
+                    self.momentum,
+                    self.tiny,
+                    self.batch_groups,
+                    self.dtype,
+                    self.convolution,
+                    name=f"stage{stage + 1}_block{block + 1}",
+                )(x, train=train)
+        x = BatchNorm(
+            self.momentum, self.tiny, self.batch_groups, self.dtype, name="bn"
+        )(x, train=train)
+        x = activate(x, self.activation)
+        x = jnp.mean(x.astype(jnp.float32), (1, 2))
+        return Dense(
+            self.num_classes,
+            kernel_init=nn.initializers.lecun_normal(),
+            dtype=self.dtype,
+            name="head",
+        )(x).astype(jnp.float32)
+
+
+def preact_resnet18(
+    num_classes: int = 10,
+    *,
+    width: int = 64,
+    activation: str = "relu",
+    mean: Sequence[float] = (0.0,),
+    std: Sequence[float] = (1.0,),
+    batch_groups: int = 1,
+    momentum: float = 0.9,
+    tiny: float = 1e-5,
+    dtype: Any = jnp.float32,
+    convolution: Convolution = "auto",
+) -> Model:
+    """PreActResNet-18, the usual net of adversarial training on CIFAR-10.
+
+    Four stages of two blocks, `width * (1, 2, 4, 8)` channels, strides (1, 2, 2, 2);
+    a last BatchNorm and activation before the global average. Convolutions are
+    initialized by He's rule with fan-out.
+
+    Args:
+        num_classes: number of logits.
+        width: channels of the first stage; 64 is the published net.
+        activation: "relu", "silu" or "gelu".
+        mean: of the inputs, per channel or one value.
+        std: likewise.
+        batch_groups: ghost BatchNorm groups; must divide the batch.
+        momentum: weight of BatchNorm's old running statistics.
+        tiny: BatchNorm's addition to the variance.
+        dtype: of the computation; weights, statistics and logits are float32.
+        convolution: "auto", "plain" (needed for forward mode) or "canonical".
+
+    Returns:
+        A model on `[B, H, W, C]`; `extra = {"batch_stats": ...}`.
+
+    Reference: He et al., arXiv:1603.05027; as used by Wong et al., arXiv:2001.03994,
+    and Rice et al., arXiv:2002.11569.
+
+    >>> import jax
+    >>> model = preact_resnet18(width=2)
+    >>> params, extra = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    >>> model.apply(params, extra, jnp.zeros((5, 16, 16, 3)))[0].shape
+    (5, 10)
+    """
+    return from_linen(
+        PreActResNet(
+            (width, width, 2 * width, 4 * width, 8 * width),
+            (2, 2, 2, 2),
+            num_classes,
+            activation,
+            tuple(mean),
+            tuple(std),
+            momentum,
+            tiny,
+            batch_groups,
+            dtype,
+            convolution,
+        )
+    )

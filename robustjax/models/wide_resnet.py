@@ -1,0 +1,78 @@
+"""WideResNet-d-k."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from robustjax.models.base import Model, from_linen
+from robustjax.models.convolution import Convolution
+from robustjax.models.resnet import PreActResNet
+
+
+def wide_resnet(
+    depth: int = 28,
+    widen_factor: int = 10,
+    num_classes: int = 10,
+    *,
+    activation: str = "relu",
+    mean: Sequence[float] = (0.0,),
+    std: Sequence[float] = (1.0,),
+    batch_groups: int = 1,
+    momentum: float = 0.9,
+    tiny: float = 1e-5,
+    dtype: Any = jnp.float32,
+    convolution: Convolution = "auto",
+) -> Model:
+    """WideResNet-d-k: three stages of (d - 4) / 6 pre-activation blocks.
+
+    A stem of 16 channels, then `16 k, 32 k, 64 k`; strides (1, 2, 2); no dropout.
+    Convolutions are initialized by He's rule with fan-out.
+
+    Args:
+        depth: d, with d - 4 a multiple of 6: 28, 34, 70.
+        widen_factor: k, the multiple of the base widths.
+        num_classes: number of logits.
+        activation: "relu", "silu" (as Gowal et al., arXiv:2010.03593) or "gelu".
+        mean: of the inputs, per channel or one value.
+        std: likewise.
+        batch_groups: ghost BatchNorm groups; must divide the batch.
+        momentum: weight of BatchNorm's old running statistics.
+        tiny: BatchNorm's addition to the variance.
+        dtype: of the computation; weights, statistics and logits are float32.
+        convolution: "auto", "plain" (needed for forward mode) or "canonical".
+
+    Returns:
+        A model on `[B, H, W, C]`; `extra = {"batch_stats": ...}`.
+
+    Raises:
+        ValueError: when depth - 4 is not a multiple of 6.
+
+    Reference: Zagoruyko & Komodakis, arXiv:1605.07146.
+
+    >>> import jax
+    >>> model = wide_resnet(10, 1)
+    >>> params, extra = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    >>> model.apply(params, extra, jnp.zeros((5, 16, 16, 3)))[0].shape
+    (5, 10)
+    """
+    if depth < 10 or (depth - 4) % 6:
+        raise ValueError(
+            f"depth={depth}: a WideResNet has 6 n + 4 layers, such as 16, 28, 34, 70."
+        )
+    count = (depth - 4) // 6
+    return from_linen(
+        PreActResNet(
+            (16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor),
+            (count, count, count),
+            num_classes,
+            activation,
+            tuple(mean),
+            tuple(std),
+            momentum,
+            tiny,
+            batch_groups,
+            dtype,
+            convolution,
+        )
+    )
