@@ -1,0 +1,433 @@
+"""Geometry of one example: balls, nearest points, steepest moves, uniform samples.
+
+A norm is a frozen, leafless pytree. Its methods take ONE example of any shape; who
+holds a batch vmaps. Nothing here sorts, and no loop waits for the slowest example:
+every threshold is found in a fixed number of passes, so a batch may be sharded.
+
+Arithmetic is float32 (float64 for float64 inputs); half precision and integers are
+computed and returned in float32. `epsilon` may be 0 (only the zero perturbation) or
+infinite (only the box counts).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from robustjax.types import Array, Key
+
+L2_PASSES = 12
+
+
+class Norm(Protocol):
+    """What every norm can do, for one example of any shape."""
+
+    def size(self, delta: Array) -> Array: ...
+
+    def project(self, delta: Array, epsilon: Array) -> Array: ...
+
+    def project_box(
+        self, delta: Array, epsilon: Array, low: Array, high: Array
+    ) -> Array: ...
+
+    def steepest(self, grad: Array) -> Array: ...
+
+    def sparse_steepest(self, grad: Array, density: Array) -> Array: ...
+
+    def dual(self, grad: Array) -> Array: ...
+
+    def sample(
+        self, key: Key, epsilon: Array, shape: tuple[int, ...], dtype: Any = ...
+    ) -> Array: ...
+
+
+def _register(cls):
+    """A frozen dataclass without leaves becomes a pytree."""
+    return jax.tree_util.register_dataclass(cls, data_fields=[], meta_fields=[])
+
+
+def _float(value: Any) -> Array:
+    value = jnp.asarray(value)
+    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+
+
+def _inverse(epsilon: Array) -> Array:
+    """`1 / epsilon`, and 0 where that is not a finite number (epsilon 0)."""
+    inverse = 1 / jnp.where(epsilon > jnp.finfo(epsilon.dtype).tiny, epsilon, jnp.inf)
+    return jnp.where(jnp.isfinite(inverse), inverse, 0)
+
+
+def _unit_max(value: Array) -> tuple[Array, Array]:
+    """`value / max|value|` (0 stays 0), whose squares neither overflow nor vanish."""
+    largest = jnp.max(jnp.abs(value), initial=0)
+    usable = largest >= jnp.finfo(value.dtype).tiny
+    return value / jnp.where(usable, largest, 1), largest
+
+
+def _euclidean(value: Array) -> Array:
+    unit, largest = _unit_max(value)
+    return largest * jnp.sqrt(jnp.sum(jnp.square(unit)))
+
+
+def _bits(value: Array) -> Array:
+    """Non-negative floats as integers of the same order."""
+    dtype = jnp.int64 if value.dtype == jnp.float64 else jnp.int32
+    return jax.lax.bitcast_convert_type(jnp.abs(value), dtype)
+
+
+def _unbits(bits: Array) -> Array:
+    dtype = jnp.float64 if bits.dtype == jnp.int64 else jnp.float32
+    return jax.lax.bitcast_convert_type(bits, dtype)
+
+
+def _top(rank: Array, k: Array) -> Array:
+    """True at the `k` largest of the non-negative integers `rank`; ties: the first.
+
+    The k-th largest value is built bit by bit from the highest: exact, and each bit
+    is one counting pass.
+    """
+    flat = rank.ravel()
+    k = jnp.clip(k, 0, flat.size)
+    top_bit = jnp.iinfo(flat.dtype).bits - 2
+
+    def body(i, threshold):
+        bit = jnp.left_shift(jnp.ones((), flat.dtype), (top_bit - i).astype(flat.dtype))
+        trial = threshold | bit
+        return jnp.where(jnp.sum(flat >= trial) >= k, trial, threshold)
+
+    threshold = jax.lax.fori_loop(0, top_bit + 1, body, jnp.zeros((), flat.dtype))
+    above, ties = flat > threshold, flat == threshold
+    free = k - jnp.sum(above)
+    keep = above | (ties & (jnp.cumsum(ties) <= free))
+    return (keep & (k > 0)).reshape(rank.shape)
+
+
+def _first_largest(value: Array) -> Array:
+    """True at the first coordinate of largest magnitude."""
+    flat = jnp.abs(value).ravel()
+    position = jnp.arange(flat.size)
+    first = jnp.min(jnp.where(flat == jnp.max(flat), position, flat.size))
+    return (position == first).reshape(value.shape)
+
+
+def _density_count(density: Any, size: int) -> Array:
+    count = jnp.round(jnp.asarray(density, jnp.float32) * size)
+    return jnp.clip(count, 1, size).astype(jnp.int32)
+
+
+def _whole(epsilon: Array, size: int) -> Array:
+    return jnp.clip(jnp.floor(epsilon), 0, size).astype(jnp.int32)
+
+
+def _caps(delta: Array, epsilon: Array, low: Array, high: Array) -> Array:
+    """How far each coordinate may go in the direction it goes: box and ball."""
+    return jnp.minimum(jnp.where(delta < 0, -low, high), epsilon)
+
+
+def _l1_magnitudes(size: Array, cap: Array, epsilon: Array) -> Array:
+    """`clip(size - tau, 0, cap)`, tau >= 0 the least with a sum <= epsilon."""
+    inverse = _inverse(epsilon)
+
+    def shrunk(tau):
+        return jnp.clip(size - tau, 0, cap)
+
+    def total(tau):
+        return jnp.sum(shrunk(tau) * inverse)
+
+    def body(_, bracket):
+        low, high = bracket
+        middle = low + (high - low) // 2
+        inside = total(_unbits(middle)) <= 1
+        return jnp.where(inside, low, middle), jnp.where(inside, middle, high)
+
+    inside = total(jnp.zeros((), size.dtype)) <= 1
+    start = _bits(jnp.max(size, initial=0))
+    bracket = (jnp.zeros_like(start), jnp.where(inside, 0, start))
+    num_bits = jnp.iinfo(start.dtype).bits - 1
+    low, high = jax.lax.fori_loop(0, num_bits, body, bracket)
+    # Between two neighboring floats the answer is the mixture that has the right
+    # sum: exact, and inside the ball whatever tau could not resolve.
+    low, high = _unbits(low), _unbits(high)
+    outer, inner = total(low), total(high)
+    weight = jnp.where(outer > 1, (1 - inner) / jnp.maximum(outer - inner, 1e-30), 1)
+    return shrunk(high) + jnp.clip(weight, 0, 1) * (shrunk(low) - shrunk(high))
+
+
+@_register
+@dataclasses.dataclass(frozen=True)
+class Linf:
+    """`max |delta|`."""
+
+    def size(self, delta: Array) -> Array:
+        return jnp.max(jnp.abs(_float(delta)), initial=0)
+
+    def project(self, delta: Array, epsilon: Array) -> Array:
+        delta = _float(delta)
+        epsilon = jnp.asarray(epsilon, delta.dtype)
+        return jnp.clip(delta, -epsilon, epsilon)
+
+    def project_box(
+        self, delta: Array, epsilon: Array, low: Array, high: Array
+    ) -> Array:
+        return jnp.clip(self.project(delta, epsilon), low, high)
+
+    def steepest(self, grad: Array) -> Array:
+        return jnp.sign(_float(grad))
+
+    def sparse_steepest(self, grad: Array, density: Array) -> Array:
+        return self.steepest(grad)
+
+    def dual(self, grad: Array) -> Array:
+        return jnp.sum(jnp.abs(_float(grad)))
+
+    def sample(
+        self,
+        key: Key,
+        epsilon: Array,
+        shape: tuple[int, ...],
+        dtype: Any = jnp.float32,
+    ) -> Array:
+        dtype = jnp.promote_types(dtype, jnp.float32)
+        epsilon = jnp.asarray(epsilon, dtype)
+        return epsilon * jax.random.uniform(key, shape, dtype, -1, 1)
+
+
+@_register
+@dataclasses.dataclass(frozen=True)
+class L2:
+    """`sqrt(sum delta^2)`."""
+
+    def size(self, delta: Array) -> Array:
+        return _euclidean(_float(delta))
+
+    def project(self, delta: Array, epsilon: Array) -> Array:
+        delta = _float(delta)
+        epsilon = jnp.asarray(epsilon, delta.dtype)
+        unit, largest = _unit_max(delta)
+        length = jnp.sqrt(jnp.sum(jnp.square(unit)))
+        inside = largest * length <= epsilon
+        scaled = unit * (epsilon / jnp.where(inside, 1, length))
+        return jnp.where(inside, delta, scaled)
+
+    def project_box(
+        self, delta: Array, epsilon: Array, low: Array, high: Array
+    ) -> Array:
+        """`clip(t * delta, low, high)`, the largest t <= 1 inside the ball.
+
+        `sum min(t |delta|, cap)^2` is concave in `t^2`, so Newton's method on it
+        comes from below after one step, never leaves the ball again and ends.
+        """
+        delta = _float(delta)
+        epsilon = jnp.asarray(epsilon, delta.dtype)
+        size = jnp.abs(delta)
+        cap = _caps(delta, epsilon, low, high)
+        inverse = _inverse(epsilon)
+        largest = jnp.max(size, initial=0)
+        count = max(delta.size, 1)
+        least = jnp.minimum(1, epsilon / (jnp.maximum(largest, 1e-37) * count**0.5))
+
+        def newton(t):
+            moved = t * size
+            free = moved < cap
+            squares = jnp.square(jnp.minimum(moved, cap) * inverse)
+            rest = 1 - jnp.sum(jnp.where(free, 0, squares))
+            moving = jnp.sum(jnp.where(free, squares, 0))
+            ratio = jnp.maximum(rest, 0) / jnp.maximum(moving, 1e-37)
+            return jnp.clip(t * jnp.sqrt(ratio), least, 1)
+
+        start = jnp.ones_like(least)
+        t = jax.lax.fori_loop(0, L2_PASSES, lambda _, t: newton(t), start)
+        return jnp.clip(jnp.clip(t * delta, -epsilon, epsilon), low, high)
+
+    def steepest(self, grad: Array) -> Array:
+        unit, _ = _unit_max(_float(grad))
+        length = jnp.sqrt(jnp.sum(jnp.square(unit)))
+        return unit / jnp.where(length > 0, length, 1)
+
+    def sparse_steepest(self, grad: Array, density: Array) -> Array:
+        return self.steepest(grad)
+
+    def dual(self, grad: Array) -> Array:
+        return _euclidean(_float(grad))
+
+    def sample(
+        self,
+        key: Key,
+        epsilon: Array,
+        shape: tuple[int, ...],
+        dtype: Any = jnp.float32,
+    ) -> Array:
+        dtype = jnp.promote_types(dtype, jnp.float32)
+        key_direction, key_radius = jax.random.split(key)
+        direction = self.steepest(jax.random.normal(key_direction, shape, dtype))
+        radius = jax.random.uniform(key_radius, (), dtype) ** (1 / direction.size)
+        return jnp.asarray(epsilon, dtype) * radius * direction
+
+
+@_register
+@dataclasses.dataclass(frozen=True)
+class L1:
+    """`sum |delta|`."""
+
+    def size(self, delta: Array) -> Array:
+        return jnp.sum(jnp.abs(_float(delta)))
+
+    def project(self, delta: Array, epsilon: Array) -> Array:
+        delta = _float(delta)
+        epsilon = jnp.asarray(epsilon, delta.dtype)
+        cap = jnp.full(delta.shape, epsilon)
+        return jnp.sign(delta) * _l1_magnitudes(jnp.abs(delta), cap, epsilon)
+
+    def project_box(
+        self, delta: Array, epsilon: Array, low: Array, high: Array
+    ) -> Array:
+        delta = _float(delta)
+        epsilon = jnp.asarray(epsilon, delta.dtype)
+        cap = _caps(delta, epsilon, low, high)
+        moved = jnp.sign(delta) * _l1_magnitudes(jnp.abs(delta), cap, epsilon)
+        return jnp.clip(moved, low, high)
+
+    def steepest(self, grad: Array) -> Array:
+        grad = _float(grad)
+        return jnp.where(_first_largest(grad), jnp.sign(grad), 0)
+
+    def sparse_steepest(self, grad: Array, density: Array) -> Array:
+        grad = _float(grad)
+        kept = _top(_bits(grad), _density_count(density, grad.size))
+        signs = jnp.where(kept, jnp.sign(grad), 0)
+        return signs / jnp.maximum(jnp.sum(jnp.abs(signs)), 1)
+
+    def dual(self, grad: Array) -> Array:
+        return jnp.max(jnp.abs(_float(grad)), initial=0)
+
+    def sample(
+        self,
+        key: Key,
+        epsilon: Array,
+        shape: tuple[int, ...],
+        dtype: Any = jnp.float32,
+    ) -> Array:
+        dtype = jnp.promote_types(dtype, jnp.float32)
+        key_direction, key_radius = jax.random.split(key)
+        laplace = jax.random.laplace(key_direction, shape, dtype)
+        total = jnp.sum(jnp.abs(laplace))
+        direction = laplace / jnp.where(total > 0, total, 1)
+        radius = jax.random.uniform(key_radius, (), dtype) ** (1 / laplace.size)
+        return jnp.asarray(epsilon, dtype) * radius * direction
+
+
+@_register
+@dataclasses.dataclass(frozen=True)
+class L0:
+    """How many coordinates are not zero, as a float.
+
+    The unit ball is meant together with `max |delta| <= 1`, so that `steepest` and
+    `dual` are finite; projections bound the count only (and the box).
+    """
+
+    def size(self, delta: Array) -> Array:
+        delta = _float(delta)
+        return jnp.sum((delta != 0).astype(delta.dtype))
+
+    def project(self, delta: Array, epsilon: Array) -> Array:
+        delta = _float(delta)
+        epsilon = jnp.asarray(epsilon, delta.dtype)
+        return jnp.where(_top(_bits(delta), _whole(epsilon, delta.size)), delta, 0)
+
+    def project_box(
+        self, delta: Array, epsilon: Array, low: Array, high: Array
+    ) -> Array:
+        delta = _float(delta)
+        epsilon = jnp.asarray(epsilon, delta.dtype)
+        clipped = jnp.clip(delta, low, high)
+        _, largest = _unit_max(delta)
+        scale = jnp.where(largest > 0, largest, 1)
+        size, kept = jnp.abs(delta) / scale, jnp.abs(clipped) / scale
+        # size^2 - (size - kept)^2: what keeping this coordinate saves.
+        saving = jnp.maximum(kept * (2 * size - kept), 0)
+        return jnp.where(_top(_bits(saving), _whole(epsilon, delta.size)), clipped, 0)
+
+    def steepest(self, grad: Array) -> Array:
+        grad = _float(grad)
+        return jnp.where(_first_largest(grad), jnp.sign(grad), 0)
+
+    def sparse_steepest(self, grad: Array, density: Array) -> Array:
+        grad = _float(grad)
+        kept = _top(_bits(grad), _density_count(density, grad.size))
+        unit, _ = _unit_max(grad)
+        return jnp.where(kept, unit, 0)
+
+    def dual(self, grad: Array) -> Array:
+        return jnp.max(jnp.abs(_float(grad)), initial=0)
+
+    def sample(
+        self,
+        key: Key,
+        epsilon: Array,
+        shape: tuple[int, ...],
+        dtype: Any = jnp.float32,
+    ) -> Array:
+        dtype = jnp.promote_types(dtype, jnp.float32)
+        key_place, key_value = jax.random.split(key)
+        draw = jax.random.bits(key_place, shape, jnp.uint32)
+        rank = jax.lax.shift_right_logical(draw, jnp.uint32(1)).astype(jnp.int32)
+        kept = _top(rank, _whole(jnp.asarray(epsilon, dtype), rank.size))
+        return jnp.where(kept, jax.random.uniform(key_value, shape, dtype, -1, 1), 0)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["index"], meta_fields=["members"]
+)
+@dataclasses.dataclass(frozen=True)
+class AnyOf:
+    """The norm `members[index]`, chosen when the program runs.
+
+    `index` is the only leaf, so the norm is data: `jax.vmap` runs over norms.
+
+    Args:
+      members: the norms to choose from (static).
+      index: int32 scalar; a leading axis only under `jax.vmap` or `jax.lax.map`.
+
+    >>> norm = AnyOf((Linf(), L1()), jnp.int32(1))
+    >>> float(norm.size(jnp.array([1.0, -2.0])))
+    3.0
+    """
+
+    members: tuple[Norm, ...]
+    index: Array
+
+    def _switch(self, call: Callable[..., Array], *args: Any) -> Array:
+        branches = [functools.partial(call, member) for member in self.members]
+        return jax.lax.switch(self.index, branches, *args)
+
+    def size(self, delta: Array) -> Array:
+        return self._switch(lambda m, d: m.size(d), delta)
+
+    def project(self, delta: Array, epsilon: Array) -> Array:
+        return self._switch(lambda m, *a: m.project(*a), delta, epsilon)
+
+    def project_box(
+        self, delta: Array, epsilon: Array, low: Array, high: Array
+    ) -> Array:
+        return self._switch(lambda m, *a: m.project_box(*a), delta, epsilon, low, high)
+
+    def steepest(self, grad: Array) -> Array:
+        return self._switch(lambda m, g: m.steepest(g), grad)
+
+    def sparse_steepest(self, grad: Array, density: Array) -> Array:
+        return self._switch(lambda m, *a: m.sparse_steepest(*a), grad, density)
+
+    def dual(self, grad: Array) -> Array:
+        return self._switch(lambda m, g: m.dual(g), grad)
+
+    def sample(
+        self,
+        key: Key,
+        epsilon: Array,
+        shape: tuple[int, ...],
+        dtype: Any = jnp.float32,
+    ) -> Array:
+        return self._switch(lambda m, *a: m.sample(*a, shape, dtype), key, epsilon)

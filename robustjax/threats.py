@@ -1,0 +1,329 @@
+"""What an attacker may do: a ball around each example, inside the input box."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robustjax.norms import L0, L1, L2, AnyOf, Linf, Norm
+from robustjax.types import Array, Key
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["norm", "epsilon", "lower", "upper"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class ThreatModel:
+    """`{x + delta: norm.size(delta) <= epsilon, lower <= x + delta <= upper}`.
+
+    A pytree: a new budget never retraces. Build it with `linf, l2, l1, l0` or
+    `threat`, which check their arguments.
+
+    Args:
+      norm: the geometry, itself a pytree.
+      epsilon: scalar or `[B]`, in input units (L0: a number of coordinates).
+      lower, upper: the input box, scalars or arrays of the shape of one example.
+    """
+
+    norm: Norm
+    epsilon: Any
+    lower: Any = 0.0
+    upper: Any = 1.0
+
+
+NORMS = {"linf": Linf(), "l2": L2(), "l1": L1(), "l0": L0()}
+
+
+def _number(name: str, value: Any) -> Any:
+    """A float32 array from a number, an array or text such as "8/255"."""
+    if isinstance(value, str):
+        top, _, bottom = value.partition("/")
+        try:
+            value = float(top) / (float(bottom) if bottom else 1.0)
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(
+                f'{name}={value!r} is not a number; write it like 0.03 or "8/255"'
+            ) from None
+    return jnp.asarray(value, jnp.float32)
+
+
+def _concrete(*values: Any) -> bool:
+    return not any(isinstance(value, jax.core.Tracer) for value in values)
+
+
+def _build(norm: Norm, epsilon: Any, lower: Any, upper: Any) -> ThreatModel:
+    epsilon = _number("epsilon", epsilon)
+    lower, upper = _number("lower", lower), _number("upper", upper)
+    if epsilon.ndim > 1:
+        raise ValueError(
+            f"epsilon has shape {epsilon.shape}; give one number, or one per example "
+            "as an array [B]"
+        )
+    if _concrete(epsilon) and not bool(np.all(np.asarray(epsilon) >= 0)):
+        raise ValueError(
+            f"epsilon={np.asarray(epsilon)} is negative or NaN; a budget is a number "
+            ">= 0 (0: no perturbation, inf: the box alone)"
+        )
+    if _concrete(lower, upper):
+        low, high = np.asarray(lower), np.asarray(upper)
+        if not bool(np.all(low < high)):
+            raise ValueError(
+                f"lower={low} is not below upper={high}; give the model's input box, "
+                "for images in [0, 1]: lower=0.0, upper=1.0"
+            )
+    return ThreatModel(norm, epsilon, lower, upper)
+
+
+def linf(epsilon: Any, lower: Any = 0.0, upper: Any = 1.0) -> ThreatModel:
+    """`max |delta| <= epsilon` inside the box.
+
+    Args:
+      epsilon: number, `[B]` array or text such as "8/255", in input units.
+      lower, upper: the input box, scalars or arrays of the shape of one example.
+
+    Raises:
+      ValueError: epsilon negative or NaN, or lower not below upper.
+
+    >>> print(linf("8/255").epsilon)
+    0.03137255
+    """
+    return _build(Linf(), epsilon, lower, upper)
+
+
+def l2(epsilon: Any, lower: Any = 0.0, upper: Any = 1.0) -> ThreatModel:
+    """`||delta||_2 <= epsilon` inside the box; arguments as for `linf`."""
+    return _build(L2(), epsilon, lower, upper)
+
+
+def l1(epsilon: Any, lower: Any = 0.0, upper: Any = 1.0) -> ThreatModel:
+    """`sum |delta| <= epsilon` inside the box; arguments as for `linf`."""
+    return _build(L1(), epsilon, lower, upper)
+
+
+def l0(epsilon: Any, lower: Any = 0.0, upper: Any = 1.0) -> ThreatModel:
+    """At most `floor(epsilon)` coordinates change; other arguments as for `linf`.
+
+    A coordinate is one number of the input: a color pixel has three.
+    """
+    return _build(L0(), epsilon, lower, upper)
+
+
+def threat(norm: str, epsilon: Any, lower: Any = 0.0, upper: Any = 1.0) -> ThreatModel:
+    """The threat model with the norm of that name, in any case.
+
+    Raises:
+      ValueError: the norm is unknown, or the numbers make no threat model.
+
+    >>> threat("L2", 0.5).norm
+    L2()
+    """
+    if norm.lower() not in NORMS:
+        raise ValueError(f"norm={norm!r} is unknown; choose Linf, L2, L1 or L0")
+    return _build(NORMS[norm.lower()], epsilon, lower, upper)
+
+
+STANDARD = {
+    ("mnist", "linf"): 0.3,
+    ("mnist", "l2"): 2.0,
+    ("mnist", "l1"): 10.0,
+    ("fashion_mnist", "linf"): 0.1,
+    ("cifar10", "linf"): 8 / 255,
+    ("cifar10", "l2"): 0.5,
+    ("cifar10", "l1"): 12.0,
+    ("imagenet", "linf"): 4 / 255,
+    ("imagenet", "l2"): 3.0,
+}
+
+
+def standard_threat(dataset: str, norm: str) -> ThreatModel:
+    """The budget that the literature uses for images in [0, 1].
+
+    MNIST: Maini et al. (arXiv 1909.04068); CIFAR-10: RobustBench (arXiv
+    2010.09670), L1: Croce & Hein (arXiv 2103.01208); ImageNet: RobustBench.
+
+    Raises:
+      ValueError: no budget is customary for this pair.
+
+    >>> print(standard_threat("cifar10", "L2").epsilon)
+    0.5
+    """
+    pair = (dataset.lower(), norm.lower())
+    if pair not in STANDARD:
+        known = ", ".join(f"{d} {n.capitalize()}" for d, n in STANDARD)
+        raise ValueError(
+            f"no standard budget for dataset={dataset!r}, norm={norm!r}; known: "
+            f"{known}; or give your own: threat({norm!r}, epsilon)"
+        )
+    return threat(norm, STANDARD[pair])
+
+
+def _per_example(threat: ThreatModel, call: Any, *batched: Array) -> Array:
+    """`call(epsilon, *rows)` for every row; epsilon is shared or one per row."""
+    axis = 0 if jnp.ndim(threat.epsilon) else None
+    return jax.vmap(call, in_axes=(axis,) + (0,) * len(batched))(
+        threat.epsilon, *batched
+    )
+
+
+def project(threat: ThreatModel, x: Array, delta: Array) -> Array:
+    """The nearest feasible perturbation: ball and box at once, exactly.
+
+    `argmin_d ||d - delta||_2` with `size(d) <= epsilon, lower <= x + d <= upper`.
+
+    The bounds on d are `lower - x` and `upper - x` in floating point, so `x + d` can
+    pass the box by a rounding error; `apply` is what never leaves the box.
+
+    Args:
+      x: `[B, ...]` clean inputs inside the box.
+      delta: `[B, ...]` perturbations.
+
+    Returns:
+      `[B, ...]`, float32.
+
+    >>> print(project(l2(1.0), jnp.array([[0.5, 0.5]]), jnp.array([[3.0, 4.0]])))
+    [[0.5 0.5]]
+    """
+
+    def one(epsilon, x, delta):
+        low = jnp.minimum(threat.lower - x, 0)
+        high = jnp.maximum(threat.upper - x, 0)
+        return threat.norm.project_box(delta, epsilon, low, high)
+
+    return _per_example(threat, one, _float32(x), delta)
+
+
+def project_sequential(threat: ThreatModel, x: Array, delta: Array) -> Array:
+    """Onto the ball, then onto the box: feasible, but not the nearest point.
+
+    Only for parity with reference code that does so (L2 of AutoAttack and Foolbox).
+    """
+
+    def one(epsilon, x, delta):
+        low = jnp.minimum(threat.lower - x, 0)
+        high = jnp.maximum(threat.upper - x, 0)
+        return jnp.clip(threat.norm.project(delta, epsilon), low, high)
+
+    return _per_example(threat, one, _float32(x), delta)
+
+
+def apply(threat: ThreatModel, x: Array, delta: Array) -> Array:
+    """`clip(x + delta, lower, upper)`: the input the model sees, exactly in the box.
+
+    >>> print(apply(linf(0.5), jnp.array([[0.9]]), jnp.array([[0.5]])))
+    [[1.]]
+    """
+
+    def one(x, delta):
+        return jnp.clip(x + delta, threat.lower, threat.upper)
+
+    return jax.vmap(one)(_float32(x), delta)
+
+
+def size(threat: ThreatModel, delta: Array) -> Array:
+    """`[B]` sizes of the perturbations `[B, ...]` in the threat's norm."""
+    return jax.vmap(threat.norm.size)(delta)
+
+
+def random_start(threat: ThreatModel, keys: Key, x: Array) -> Array:
+    """Uniform in the ball, then the nearest feasible point.
+
+    An infinite budget samples the smallest ball around x that covers the box.
+
+    Args:
+      keys: `[B]` keys, one per example.
+      x: `[B, ...]` clean inputs.
+
+    Returns:
+      delta `[B, ...]`, float32.
+    """
+
+    def one(epsilon, key, x):
+        reach = threat.norm.size(jnp.maximum(x - threat.lower, threat.upper - x))
+        budget = jnp.where(jnp.isinf(epsilon), reach, epsilon)
+        return threat.norm.sample(key, budget, x.shape, x.dtype)
+
+    x = _float32(x)
+    return project(threat, x, _per_example(threat, one, keys, x))
+
+
+def is_feasible(
+    threat: ThreatModel, x: Array, x_adv: Array, tolerance: float = 1e-6
+) -> Array:
+    """`[B]` bool: inside the box exactly, inside the ball up to rounding.
+
+    The ball allows `tolerance * max(1, epsilon)`, for L0 nothing.
+    A NaN anywhere in an example makes it infeasible.
+    """
+
+    def one(epsilon, x, x_adv):
+        slack = tolerance * jnp.maximum(1, epsilon)
+        inside = threat.norm.size(x_adv - x) <= epsilon + slack
+        in_box = jnp.all((x_adv >= threat.lower) & (x_adv <= threat.upper))
+        return inside & in_box
+
+    return _per_example(threat, one, _float32(x), x_adv)
+
+
+def stack(threats: Sequence[ThreatModel]) -> ThreatModel:
+    """Several threat models as one, with a leading axis N on every leaf.
+
+    The norm becomes an `AnyOf`; run it under `jax.vmap` or `jax.lax.map`.
+
+    Raises:
+      ValueError: nothing to stack, or leaves of different shapes.
+      TypeError: a threat is itself stacked.
+
+    >>> stacked = stack([linf(0.1), l2(0.5)])
+    >>> delta = jnp.array([[0.3, 0.4]])
+    >>> print(jax.vmap(size, (0, None))(stacked, delta).ravel())
+    [0.4 0.5]
+    """
+    threats = list(threats)
+    if not threats:
+        raise ValueError("threats is empty; give at least one threat model")
+    if any(isinstance(t.norm, AnyOf) for t in threats):
+        raise TypeError("a stacked threat cannot be stacked again; unstack it first")
+    members = tuple(dict.fromkeys(t.norm for t in threats))
+    index = jnp.array([members.index(t.norm) for t in threats], jnp.int32)
+
+    def leaves(name):
+        values = [jnp.asarray(getattr(t, name), jnp.float32) for t in threats]
+        shapes = {v.shape for v in values if v.ndim}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"{name} has the shapes {sorted(shapes)}; give scalars or equal shapes"
+            )
+        shape = next(iter(shapes), ())
+        return jnp.stack([jnp.broadcast_to(v, shape) for v in values])
+
+    return ThreatModel(
+        AnyOf(members, index), leaves("epsilon"), leaves("lower"), leaves("upper")
+    )
+
+
+def unstack(stacked: ThreatModel) -> list[ThreatModel]:
+    """The list that `stack` was given; outside of jit only.
+
+    >>> [t.norm for t in unstack(stack([linf(0.1), l2(0.5)]))]
+    [Linf(), L2()]
+    """
+    norm = stacked.norm
+    if not isinstance(norm, AnyOf):
+        raise TypeError(f"norm={norm} is not stacked; give what stack returned")
+    return [
+        ThreatModel(
+            norm.members[int(i)], stacked.epsilon[n], stacked.lower[n], stacked.upper[n]
+        )
+        for n, i in enumerate(np.asarray(norm.index))
+    ]
+
+
+def _float32(x: Array) -> Array:
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
