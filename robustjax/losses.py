@@ -57,8 +57,8 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     """Cross-entropy with integer labels: `logsumexp(z) - z_y`, `[B]`.
 
     >>> import jax.numpy as jnp
-    >>> cross_entropy(jnp.zeros((1, 4)), jnp.array([2])).round(4).tolist()
-    [1.3863]
+    >>> cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))
+    Array([1.386...], dtype=float32)
     """
     logits = finite(logits)
     return jax.nn.logsumexp(logits, axis=-1) - _at(logits, labels)
@@ -70,8 +70,8 @@ def soft_cross_entropy(logits: Array, targets: Array) -> Array:
     Serves label smoothing and mixed labels.
 
     >>> import jax.numpy as jnp
-    >>> soft_cross_entropy(jnp.zeros((1, 2)), jnp.full((1, 2), .5)).round(4).tolist()
-    [0.6931]
+    >>> soft_cross_entropy(jnp.zeros((1, 2)), jnp.full((1, 2), 0.5))
+    Array([0.693...], dtype=float32)
     """
     return -jnp.sum(targets * jax.nn.log_softmax(finite(logits), axis=-1), axis=-1)
 
@@ -140,8 +140,8 @@ def dlr_targeted(logits: Array, labels: Array, targets: Array) -> Array:
 
     >>> import jax.numpy as jnp
     >>> z = jnp.array([[4.0, 3.0, 1.0, 1.0]])
-    >>> dlr_targeted(z, jnp.array([0]), jnp.array([1])).round(4).tolist()
-    [-0.3333]
+    >>> dlr_targeted(z, jnp.array([0]), jnp.array([1]))
+    Array([-0.333...], dtype=float32)
     """
     logits = finite(logits)
     difference = _at(logits, labels) - _at(logits, targets)

@@ -1,0 +1,1 @@
+"""Attacks: the contract and its driver (`base`), then one file per family."""
