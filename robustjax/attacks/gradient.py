@@ -34,7 +34,8 @@ def steepest(norm: Norm) -> optax.GradientTransformation:
 
     >>> import jax.numpy as jnp
     >>> from robustjax.norms import Linf
-    >>> steepest(Linf()).update(jnp.array([[-2.0, 0.5]]), optax.EmptyState())[0].tolist()
+    >>> grad = jnp.array([[-2.0, 0.5]])
+    >>> steepest(Linf()).update(grad, optax.EmptyState())[0].tolist()
     [[-1.0, 1.0]]
     """
     return optax.stateless(lambda grad, _: jax.vmap(norm.steepest)(grad))

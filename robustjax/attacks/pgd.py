@@ -58,9 +58,9 @@ def pgd(
     of coordinates (`sparse_steepest`).
     Reference: Madry et al., arXiv 1706.06083; for L1, Tramer and Boneh, arXiv
     1904.13000.
-    Differs from the authors' code: the best iterate is kept (`keep=worst`), so a success
-    is never lost; `keep=last` is theirs. The projection is the nearest point of ball
-    and box together.
+    Differs from the authors' code: the best iterate is kept (`keep=worst`), so a
+    success is never lost; `keep=last` is theirs. The projection is the nearest point
+    of ball and box together.
 
     Args:
       num_steps: gradient evaluations for each restart.
@@ -72,13 +72,13 @@ def pgd(
       keep: `worst`, `last` or `smallest`.
 
     Raises:
-      ValueError: for fewer than one step or restart, or a step size that is not above 0.
+      ValueError: for fewer than one step or restart, or a step size of 0 or less.
 
     >>> import jax, jax.numpy as jnp, robustjax as rj
     >>> x, y = jnp.full((1, 2), 0.5), jnp.array([0])
     >>> problem = rj.untargeted(lambda x: x, x, y, rj.l2(0.1))
     >>> pgd(10)(jax.random.key(0), problem).x_adv
-    Array([[0.429..., 0.570...]], dtype=float32)
+    Array([[0.427..., 0.568...]], dtype=float32)
     """
     size = default_step_size(num_steps) if step_size is None else step_size
     _check_steps(num_steps, size)
@@ -101,7 +101,8 @@ def momentum(
     """MI-FGSM: momentum over L1-normalized gradients makes attacks transfer.
 
     `g <- decay * g + grad / ||grad||_1`, then a step along `steepest(g)`.
-    Reference: Dong et al., Boosting Adversarial Attacks with Momentum, arXiv 1710.06081.
+    Reference: Dong et al., Boosting Adversarial Attacks with Momentum, arXiv
+    1710.06081.
     Differs from the authors' code: the gradient is divided by the sum of its entries'
     magnitudes, as in the paper, not by their mean (under a sign step and a fixed decay
     the two move alike); any norm.
