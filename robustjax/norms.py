@@ -19,8 +19,6 @@ import jax.numpy as jnp
 
 from robustjax.types import Array, Key
 
-L2_PASSES = 12
-
 
 class Norm(Protocol):
     """What every norm can do, for one example of any shape."""
@@ -52,6 +50,21 @@ def _register(cls):
 def _float(value: Any) -> Array:
     value = jnp.asarray(value)
     return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+
+
+def _flat(
+    nearest: Callable[..., Array], delta: Array, epsilon: Any, low: Any, high: Any
+) -> Array:
+    """`nearest` on vectors: XLA's CPU sums over one axis are up to 20 times faster."""
+    delta = _float(delta)
+    low, high = (
+        jnp.broadcast_to(jnp.asarray(bound, delta.dtype), delta.shape).ravel()
+        if jnp.ndim(bound)
+        else jnp.asarray(bound, delta.dtype)
+        for bound in (low, high)
+    )
+    epsilon = jnp.asarray(epsilon, delta.dtype)
+    return nearest(delta.ravel(), epsilon, low, high).reshape(delta.shape)
 
 
 def _inverse(epsilon: Array) -> Array:
@@ -122,38 +135,60 @@ def _whole(epsilon: Array, size: int) -> Array:
     return jnp.clip(jnp.floor(epsilon), 0, size).astype(jnp.int32)
 
 
-def _caps(delta: Array, epsilon: Array, low: Array, high: Array) -> Array:
-    """How far each coordinate may go in the direction it goes: box and ball."""
-    return jnp.minimum(jnp.where(delta < 0, -low, high), epsilon)
+def _threshold(reached: Callable[[Array], Array], last: Array) -> tuple[Array, Array]:
+    """Neighboring floats `low < high` between which a monotone `reached` turns True.
 
-
-def _l1_magnitudes(size: Array, cap: Array, epsilon: Array) -> Array:
-    """`clip(size - tau, 0, cap)`, tau >= 0 the least with a sum <= epsilon."""
-    inverse = _inverse(epsilon)
-
-    def shrunk(tau):
-        return jnp.clip(size - tau, 0, cap)
-
-    def total(tau):
-        return jnp.sum(shrunk(tau) * inverse)
+    Bisection over bit patterns: all of [0, last] in one pass per bit, to the last
+    bit, however far apart the magnitudes are. Needs `reached(last)`, not `reached(0)`.
+    """
 
     def body(_, bracket):
         low, high = bracket
-        middle = low + (high - low) // 2
-        inside = total(_unbits(middle)) <= 1
-        return jnp.where(inside, low, middle), jnp.where(inside, middle, high)
+        middle = low + jnp.right_shift(high - low, 1)
+        done = reached(_unbits(middle))
+        return jnp.where(done, low, middle), jnp.where(done, middle, high)
 
-    inside = total(jnp.zeros((), size.dtype)) <= 1
-    start = _bits(jnp.max(size, initial=0))
-    bracket = (jnp.zeros_like(start), jnp.where(inside, 0, start))
-    num_bits = jnp.iinfo(start.dtype).bits - 1
-    low, high = jax.lax.fori_loop(0, num_bits, body, bracket)
-    # Between two neighboring floats the answer is the mixture that has the right
-    # sum: exact, and inside the ball whatever tau could not resolve.
-    low, high = _unbits(low), _unbits(high)
-    outer, inner = total(low), total(high)
-    weight = jnp.where(outer > 1, (1 - inner) / jnp.maximum(outer - inner, 1e-30), 1)
-    return shrunk(high) + jnp.clip(weight, 0, 1) * (shrunk(low) - shrunk(high))
+    high = _bits(last)
+    passes = jnp.iinfo(high.dtype).bits - 1
+    low, high = jax.lax.fori_loop(0, passes, body, (jnp.zeros_like(high), high))
+    return _unbits(low), _unbits(high)
+
+
+def _l2_nearest(delta: Array, epsilon: Array, low: Array, high: Array) -> Array:
+    """`clip(t * delta, low, high)`, the largest t <= 1 inside the ball."""
+    inverse = _inverse(epsilon)
+    size = jnp.abs(delta)
+    cap = jnp.minimum(jnp.where(delta < 0, -low, high), epsilon)
+
+    def outside(t):
+        return jnp.sum(jnp.square(jnp.minimum(t * size, cap) * inverse)) > 1
+
+    one = jnp.ones((), delta.dtype)
+    t = jnp.where(outside(one), _threshold(outside, one)[0], one)
+    return jnp.clip(t * delta, jnp.maximum(low, -epsilon), jnp.minimum(high, epsilon))
+
+
+def _l1_nearest(delta: Array, epsilon: Array, low: Array, high: Array) -> Array:
+    """`sign(delta) * clip(|delta| - tau, 0, cap)`, the least tau >= 0 inside the ball."""
+    inverse = _inverse(epsilon)
+    size = jnp.abs(delta)
+    cap = jnp.minimum(jnp.where(delta < 0, -low, high), epsilon)
+
+    def moved(tau):
+        return jnp.clip(size - tau, 0, cap)
+
+    def total(tau):
+        return jnp.sum(moved(tau) * inverse)
+
+    below, tau = _threshold(lambda tau: total(tau) <= 1, jnp.max(size, initial=0))
+    # What the floats between the two cannot resolve, their mixture of sum epsilon
+    # does: it has the right size even where |delta| is 1e30.
+    outer, inner = total(below), total(tau)
+    weight = jnp.clip((1 - inner) / jnp.maximum(outer - inner, 1e-30), 0, 1)
+    mixed = moved(tau) + weight * (moved(below) - moved(tau))
+    inside = total(jnp.zeros((), delta.dtype)) <= 1
+    magnitude = jnp.where(inside, moved(0), jnp.minimum(mixed, cap))
+    return jnp.sign(delta) * magnitude
 
 
 @_register
@@ -215,32 +250,7 @@ class L2:
     def project_box(
         self, delta: Array, epsilon: Array, low: Array, high: Array
     ) -> Array:
-        """`clip(t * delta, low, high)`, the largest t <= 1 inside the ball.
-
-        `sum min(t |delta|, cap)^2` is concave in `t^2`, so Newton's method on it
-        comes from below after one step, never leaves the ball again and ends.
-        """
-        delta = _float(delta)
-        epsilon = jnp.asarray(epsilon, delta.dtype)
-        size = jnp.abs(delta)
-        cap = _caps(delta, epsilon, low, high)
-        inverse = _inverse(epsilon)
-        largest = jnp.max(size, initial=0)
-        count = max(delta.size, 1)
-        least = jnp.minimum(1, epsilon / (jnp.maximum(largest, 1e-37) * count**0.5))
-
-        def newton(t):
-            moved = t * size
-            free = moved < cap
-            squares = jnp.square(jnp.minimum(moved, cap) * inverse)
-            rest = 1 - jnp.sum(jnp.where(free, 0, squares))
-            moving = jnp.sum(jnp.where(free, squares, 0))
-            ratio = jnp.maximum(rest, 0) / jnp.maximum(moving, 1e-37)
-            return jnp.clip(t * jnp.sqrt(ratio), least, 1)
-
-        start = jnp.ones_like(least)
-        t = jax.lax.fori_loop(0, L2_PASSES, lambda _, t: newton(t), start)
-        return jnp.clip(jnp.clip(t * delta, -epsilon, epsilon), low, high)
+        return _flat(_l2_nearest, delta, epsilon, low, high)
 
     def steepest(self, grad: Array) -> Array:
         unit, _ = _unit_max(_float(grad))
@@ -276,19 +286,12 @@ class L1:
         return jnp.sum(jnp.abs(_float(delta)))
 
     def project(self, delta: Array, epsilon: Array) -> Array:
-        delta = _float(delta)
-        epsilon = jnp.asarray(epsilon, delta.dtype)
-        cap = jnp.full(delta.shape, epsilon)
-        return jnp.sign(delta) * _l1_magnitudes(jnp.abs(delta), cap, epsilon)
+        return _flat(_l1_nearest, delta, epsilon, -jnp.inf, jnp.inf)
 
     def project_box(
         self, delta: Array, epsilon: Array, low: Array, high: Array
     ) -> Array:
-        delta = _float(delta)
-        epsilon = jnp.asarray(epsilon, delta.dtype)
-        cap = _caps(delta, epsilon, low, high)
-        moved = jnp.sign(delta) * _l1_magnitudes(jnp.abs(delta), cap, epsilon)
-        return jnp.clip(moved, low, high)
+        return _flat(_l1_nearest, delta, epsilon, low, high)
 
     def steepest(self, grad: Array) -> Array:
         grad = _float(grad)
