@@ -1,0 +1,1 @@
+"""Training methods: values that turn a batch into gradients."""

@@ -1,0 +1,239 @@
+"""One compiled program for any stretch of steps, with metrics summed on the device."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robustjax.data.resident import Resident, batch_indices, take, to_float
+from robustjax.metrics import value
+from robustjax.parallel import (
+    constrain_rows,
+    fetch,
+    put_global,
+    replicated,
+    split_rows,
+)
+from robustjax.training.state import TrainState
+from robustjax.types import Array, Batch, Key, PyTree
+
+HostBatches = Callable[[int], Batch]
+
+
+class Totals(NamedTuple):
+    """What a stretch of steps adds up.
+
+    metrics:  name -> `Mean`.
+    bad_step: int32, the first step after which something was not finite; -1: none.
+    bad:      bool per watched leaf, which ones were not at that step.
+    """
+
+    metrics: PyTree
+    bad_step: Array
+    bad: Array
+
+
+class Dispatcher:
+    """Runs steps on the device: `state = dispatcher(state, start, stop)`.
+
+    The number of steps of a call is data, so one program serves every stretch. With
+    `steps_per_dispatch=1` the program is a bare step without a loop.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[TrainState, Batch], tuple[TrainState, Any]],
+        data: Resident | HostBatches,
+        data_key: Key,
+        *,
+        batch_size: int,
+        steps_per_dispatch: int,
+        num_steps: int,
+        augment: Callable[[Key, Array, Array], Array] | None,
+        mix: Callable[[Key, Batch], Batch] | None,
+        mesh: Any,
+    ):
+        order_key, self.augment_key, self.mix_key = jax.random.split(data_key, 3)
+        self.step, self.augment, self.mix, self.mesh = step, augment, mix, mesh
+        self.batch_size = batch_size
+        self.looped = steps_per_dispatch > 1
+        self.host = None if isinstance(data, Resident) else data
+        # The order of the examples is made for a window of steps at a time: a sort per
+        # epoch and not per step. Windows begin at multiples of their length.
+        self.window = steps_per_dispatch if self.looped else min(100, num_steps)
+        self.rows_start, self.rows = -1, None
+        self.data = None
+        self.sharding = None if mesh is None else replicated(mesh)
+        if isinstance(data, Resident):
+            self.data = put_global(data, self.sharding)
+            n = data.x.shape[0]
+
+            def rows(start: Array) -> Array:
+                return batch_indices(order_key, start, self.window, n, batch_size)
+
+            self.make_rows = jax.jit(rows, out_shardings=self.sharding)
+        self.totals: Totals | None = None
+        self.names: list[str] = []
+        self.compiled: Any = None
+
+    def example(self) -> Batch:
+        """The first batch, for shapes; may be called inside a trace."""
+        if self.host is not None:
+            return jax.tree.map(jnp.asarray, self.host(0))
+        return self._batch(self.data, jnp.arange(self.batch_size, dtype=jnp.int32), 0)
+
+    def __call__(
+        self,
+        state: TrainState,
+        start: int,
+        stop: int,
+        on_compile: Callable[[str], None] = lambda text: None,
+    ) -> TrainState:
+        """Run the steps `start .. stop - 1`; `state` is consumed."""
+        feed = self._feed(start)
+        if self.totals is None:
+            self.totals = self._zeros(state, feed)
+        bounds = np.int32(start), np.int32(stop)
+        if self.compiled is None:
+            began = time.monotonic()
+            jitted = jax.jit(self._run, donate_argnums=(0, 1))
+            arguments = (state, self.totals, self.data, feed, *bounds)
+            self.compiled = jitted.lower(*arguments).compile()
+            on_compile(f"compiled in {time.monotonic() - began:.1f} s")
+        state, self.totals = self.compiled(state, self.totals, self.data, feed, *bounds)
+        return state
+
+    def peek(self) -> dict[str, float]:
+        """The means since the last `collect`; waits for the device.
+
+        Raises:
+          FloatingPointError: something is no longer finite.
+        """
+        assert self.totals is not None
+        totals: Totals = fetch(self.totals)
+        if totals.bad_step >= 0:
+            names = [n for n, bad in zip(self.names, totals.bad, strict=True) if bad]
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise FloatingPointError(
+                f"{names[0]}{more} became NaN or infinite in step {totals.bad_step}; "
+                "the last checkpoint from before is kept. Lower the learning rate, "
+                "clip the gradient (clip_norm=1.0) or warm up longer, then start a new "
+                "run."
+            )
+        means = jax.tree.map(value, totals.metrics, is_leaf=_is_mean)
+        return {name: float(mean) for name, mean in means.items()}
+
+    def collect(self, state: TrainState) -> dict[str, float]:
+        """The means since the last `collect`, which begin anew."""
+        means = self.peek()
+        self.totals = put_global(_cleared(self.totals), self.sharding)
+        return means
+
+    def _feed(self, start: int) -> Any:
+        """What one call reads beside the resident set."""
+        if self.host is not None:
+            batch = jax.tree.map(np.asarray, self.host(start))
+            if self.mesh is None:
+                return jax.tree.map(jnp.asarray, batch)
+            return put_global(batch, split_rows(self.mesh))
+        first = start // self.window * self.window
+        if first != self.rows_start:
+            self.rows, self.rows_start = self.make_rows(np.int32(first)), first
+        return self.rows
+
+    def _run(
+        self,
+        state: TrainState,
+        totals: Totals,
+        data: Resident | None,
+        feed: Any,
+        start: Array,
+        stop: Array,
+    ) -> tuple[TrainState, Totals]:
+        def one(t: Array, carry: tuple[TrainState, Totals]):
+            state, totals = carry
+            if self.host is not None:
+                batch = self._mixed(feed, t)
+            else:
+                batch = self._batch(data, feed[t % self.window], t)
+            state, metrics = self.step(state, constrain_rows(batch, self.mesh))
+            return state, self._added(totals, state, metrics, t)
+
+        if not self.looped:
+            return one(start, (state, totals))
+        return jax.lax.fori_loop(start, stop, one, (state, totals))
+
+    def _batch(self, data: Resident | None, index: Array, t: Array | int) -> Batch:
+        assert data is not None
+        batch = take(data, index)
+        # Divided here already, so that each device augments its own rows only.
+        batch = constrain_rows(batch, self.mesh)
+        x = batch.x
+        if self.augment is not None:
+            x = self.augment(jax.random.fold_in(self.augment_key, t), x, index)
+        return self._mixed(batch._replace(x=to_float(x, data.scale)), t)
+
+    def _mixed(self, batch: Batch, t: Array | int) -> Batch:
+        if self.mix is None:
+            return batch
+        return self.mix(jax.random.fold_in(self.mix_key, t), batch)
+
+    def _zeros(self, state: TrainState, feed: Any) -> Totals:
+        """Totals of nothing; also learns the names of the watched leaves."""
+
+        def one(state: TrainState, feed: Any):
+            batch = (
+                feed if self.host is not None else self._batch(self.data, feed[0], 0)
+            )
+            batch = self._mixed(batch, 0) if self.host is not None else batch
+            state, metrics = self.step(state, batch)
+            return metrics, _watched(state, metrics)
+
+        metrics, watched = jax.eval_shape(one, state, feed)
+        self.names = [
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, _ in jax.tree_util.tree_leaves_with_path(watched)
+        ]
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), metrics)
+        totals = Totals(
+            zeros, jnp.full((), -1, jnp.int32), jnp.zeros(len(self.names), bool)
+        )
+        return put_global(totals, self.sharding)
+
+    def _added(
+        self, totals: Totals, state: TrainState, metrics: PyTree, t: Array
+    ) -> Totals:
+        leaves = jax.tree.leaves(_watched(state, metrics))
+        bad = ~jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
+        first = (totals.bad_step < 0) & bad.any()
+        return Totals(
+            jax.tree.map(jnp.add, totals.metrics, metrics),
+            jnp.where(first, jnp.asarray(t, jnp.int32), totals.bad_step),
+            jnp.where(first, bad, totals.bad),
+        )
+
+
+def _watched(state: TrainState, metrics: PyTree) -> dict[str, PyTree]:
+    """What must stay finite; the names are what a message calls them."""
+    totals = {name: mean.total for name, mean in metrics.items()}
+    watched = {"metrics": totals, "params": state.params, "statistics": state.extra}
+    return jax.tree.map(
+        lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) else jnp.zeros(()),
+        watched,
+    )
+
+
+def _is_mean(node: Any) -> bool:
+    return hasattr(node, "total")
+
+
+def _cleared(totals: Totals | None) -> Totals:
+    assert totals is not None
+    return Totals(
+        jax.tree.map(jnp.zeros_like, totals.metrics),
+        jnp.full((), -1, jnp.int32),
+        jnp.zeros_like(totals.bad),
+    )

@@ -1,0 +1,345 @@
+"""`fit`: train a model by a method, with checkpoints, a live line and exact resume.
+
+What makes resume exact: the state holds everything that changes; batches, augmentation
+and all other randomness follow from (key, step); one compiled program runs any stretch
+of steps; checkpoints hold whole stretches.
+"""
+
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from robustjax.data.resident import Resident, steps_per_epoch
+from robustjax.logging import LiveLine, append_row, plain
+from robustjax.methods.base import Method
+from robustjax.models.base import Model
+from robustjax.parallel import (
+    check_rows,
+    fetch,
+    is_writer,
+    put_global,
+    replicated,
+)
+from robustjax.training import checkpoint, run_folder
+from robustjax.training.dispatch import Dispatcher, HostBatches
+from robustjax.training.progress import Progress
+from robustjax.training.state import TrainState, create_state
+from robustjax.training.step import Decay, make_train_step
+from robustjax.types import Array, Batch, Key, PyTree
+
+Validate = Callable[[PyTree, PyTree], Mapping[str, Any]]
+
+
+class FitResult(NamedTuple):
+    """What a training gives.
+
+    state:   after the last step.
+    params:  the weights to use: the best by validation, averaged where `ema_decay` was
+             given; without `validate` those after the last step.
+    extra:   the statistics that belong to `params`.
+    metrics: what `validate` said of them, and "step"; without `validate` the last
+             training row.
+    history: the rows of `metrics.jsonl`, from the first step on.
+    """
+
+    state: TrainState
+    params: PyTree
+    extra: PyTree
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]]
+
+
+def fit(
+    key: Key,
+    model: Model,
+    method: Method,
+    tx: optax.GradientTransformation,
+    data: Resident | HostBatches,
+    *,
+    batch_size: int,
+    num_steps: int | None = None,
+    num_epochs: int | None = None,
+    augment: Callable[[Key, Array, Array], Array] | None = None,
+    mix: Callable[[Key, Batch], Batch] | None = None,
+    validate: Validate | None = None,
+    best_metric: str = "robust_accuracy",
+    checkpoint_every: int | None = None,
+    out: str | Path | None = None,
+    config: Any = None,
+    ema_decay: Decay | None = None,
+    steps_per_dispatch: int = 1,
+    log_every: int | None = None,
+    log: bool | TextIO = True,
+    mesh: Any = None,
+    start: tuple[PyTree, PyTree] | None = None,
+) -> FitResult:
+    """Train `model` by `method`.
+
+    The same call on the same `out` goes on where the run stopped, and ends with the
+    bits of an unbroken run (on CPU; on GPU under `--xla_gpu_deterministic_ops=true`).
+
+    Args:
+      key: decides the weights, the order of the data and all noise.
+      model: what is trained.
+      method: how; see `robustjax.methods`.
+      tx: the optax optimizer; its schedule counts updates.
+      data: a `Resident` set, or `step -> Batch` for sets that do not fit on the device
+        (it must give the same batch for the same step whenever asked).
+      batch_size: rows per step; an epoch drops its last, incomplete batch.
+      num_steps: how many batches to learn from.
+      num_epochs: the same in passes over a `Resident` set; give one of the two.
+      augment: `(key, x, index) -> x` on uint8 pixels, inside the compiled step.
+      mix: `(key, batch) -> batch` after it, on float inputs; may soften the labels.
+      validate: `(params, extra) -> {name: number}`, called at every checkpoint.
+      best_metric: which of its numbers chooses the best checkpoint; larger is better.
+      checkpoint_every: steps between checkpoints; None: one epoch, or `num_steps`.
+      out: the run's folder; None: nothing is written.
+      config: a dataclass or dict that describes the run: written to `config.json`, and
+        compared on resume.
+      ema_decay: keep moving averages; see `make_train_step`.
+      steps_per_dispatch: steps per compiled call. More than 1 saves the dispatch of
+        small models. On CPU leave 1 for models with ordinary convolutions: XLA runs their
+        gradients 10 to 15 times slower inside a loop (the zoo's do not suffer).
+      log_every: steps between training rows; None: at most 50, and every checkpoint.
+      log: the live line: True for standard output, a stream, or False for silence.
+      mesh: `parallel.data_mesh(...)`: split every batch over devices.
+      start: `(params, extra)` to begin from instead of `model.init`.
+
+    Returns:
+      A `FitResult`.
+
+    Raises:
+      ValueError: arguments that do not fit together, or a run in `out` that was started
+        with others: the message names the field, its value then and now. `num_steps`
+        is among them, because the schedule in `tx` was made for it; log_every, log,
+        steps_per_dispatch and mesh may change.
+      FloatingPointError: a loss or weight is no longer finite; the message names the
+        step and the leaf, and the last checkpoint is kept.
+      OSError: a checkpoint cannot be written; the earlier ones are kept.
+    """
+    resident = isinstance(data, Resident)
+    num_steps, per_epoch = _length(data, batch_size, num_steps, num_epochs)
+    if checkpoint_every is None:
+        checkpoint_every = min(per_epoch or num_steps, num_steps)
+    for name, number in (
+        ("checkpoint_every", checkpoint_every),
+        ("steps_per_dispatch", steps_per_dispatch),
+        ("log_every", log_every or 1),
+    ):
+        if number < 1:
+            raise ValueError(f"{name} is {number}; give 1 or more.")
+    if not resident and steps_per_dispatch > 1:
+        raise ValueError(
+            f"steps_per_dispatch is {steps_per_dispatch}, but `data` is a function "
+            "that the host calls for every step; give 1."
+        )
+    check_rows(batch_size, mesh)
+    sharding = None if mesh is None else replicated(mesh)
+    state_key, data_key = jax.random.split(key)
+    run_steps = Dispatcher(
+        make_train_step(method, tx, ema_decay),
+        data,
+        data_key,
+        batch_size=batch_size,
+        steps_per_dispatch=steps_per_dispatch,
+        num_steps=num_steps,
+        augment=augment,
+        mix=mix,
+        mesh=mesh,
+    )
+
+    def fresh() -> TrainState:
+        example = run_steps.example()
+        ema = ema_decay is not None
+        return create_state(state_key, model, method, tx, example, ema=ema, start=start)
+
+    out = None if out is None else Path(out)
+    remembered, history = None, []
+    if out is not None:
+        settings = {
+            "key": jax.random.key_data(key),
+            "batch_size": batch_size,
+            "num_steps": num_steps,
+            "checkpoint_every": checkpoint_every,
+            "best_metric": best_metric,
+            "ema": repr(ema_decay) if isinstance(ema_decay, float) else bool(ema_decay),
+            "data": _fingerprint(data),
+            "config": {} if config is None else config,
+        }
+        remembered, history = run_folder.open_run(out, settings, config)
+    best: dict[str, Any] | None = None
+    seconds = 0.0
+    if remembered is None or out is None:
+        state = put_global(jax.jit(fresh)(), sharding)
+    else:
+        folder, last = out / run_folder.CHECKPOINTS, remembered["step"]
+        state = checkpoint.restore(folder, last, jax.eval_shape(fresh), sharding)
+        best, seconds = remembered["best"], remembered["seconds"]
+    best_weights: tuple[PyTree, PyTree] | None = None
+
+    line = LiveLine(_stream(log))
+    step = int(fetch(state.step))
+    progress = Progress(line, step, num_steps, per_epoch, batch_size, seconds)
+    if step:
+        progress.note(f"going on from step {step} of {num_steps}")
+    log_every = log_every or min(50, checkpoint_every)
+    next_log = _next(step, log_every)
+
+    def write(row: dict[str, Any]) -> None:
+        row = plain(row)
+        history.append(row)
+        if out is not None and is_writer():
+            append_row(out / run_folder.METRICS, row)
+
+    while step < num_steps:
+        save_at = min(_next(step, checkpoint_every), num_steps)
+        stop = min(save_at, _next(step, steps_per_dispatch))
+        state = run_steps(state, step, stop, on_compile=progress.note)
+        step = stop
+        if step >= next_log or step == save_at:
+            progress.row(step, run_steps.collect(state), write)
+            next_log = _next(step, log_every)
+        else:
+            progress.maybe_show(step, run_steps.peek)
+        if step < save_at:
+            continue
+        if validate is not None:
+            began = time.monotonic()
+            weights = weights_of(state)
+            metrics = {n: float(v) for n, v in validate(*weights).items()}
+            if best_metric not in metrics:
+                raise ValueError(
+                    f"validate returned {', '.join(metrics) or 'nothing'}, without the "
+                    f"best_metric {best_metric!r}; return it, or name another."
+                )
+            write({"kind": "validate", "step": step, **metrics})
+            if best is None or not metrics[best_metric] <= (
+                -np.inf if best[best_metric] is None else best[best_metric]
+            ):
+                best = plain({"step": step, **metrics})
+                best_weights = jax.tree.map(jnp.array, weights) if out is None else None
+            progress.validated(step, metrics, best["step"], time.monotonic() - began)
+        if out is not None:
+            remembered = {
+                "step": step,
+                "settings": plain(settings),
+                "best": best,
+                "seconds": progress.seconds,
+            }
+            folder = out / run_folder.CHECKPOINTS
+            before = checkpoint.steps(folder)
+            checkpoint.save(folder, step, state, remembered)
+            keep = {step, *before[-1:], best["step"] if best else step}
+            checkpoint.prune(folder, keep)
+
+    if best is None or best["step"] == num_steps:
+        params, extra = weights_of(state)
+    elif best_weights is not None:
+        params, extra = best_weights
+    else:
+        assert out is not None
+        params, extra = load_weights(out, weights_of(state), best["step"], sharding)
+    rows = [row for row in history if row["kind"] == "train"]
+    return FitResult(state, params, extra, best or (rows[-1] if rows else {}), history)
+
+
+def weights_of(state: TrainState) -> tuple[PyTree, PyTree]:
+    """The weights to use, `(params, extra)`: the averages where they are kept."""
+    if state.ema is not None:
+        return state.ema.params, state.ema.extra
+    return state.params, state.extra
+
+
+def load_weights(
+    out: str | Path,
+    like: tuple[PyTree, PyTree],
+    which: int | str = "best",
+    sharding: Any = None,
+) -> tuple[PyTree, PyTree]:
+    """Load `(params, extra)` of a run, without its optimizer.
+
+    Args:
+      out: the run's folder.
+      like: `(params, extra)` of the model, or their shapes:
+        `jax.eval_shape(model.init, key, x)`.
+      which: "best" by validation (without validation the last), "last", or a step.
+      sharding: where to place the arrays; None: the default device.
+
+    Returns:
+      The averaged weights where the run kept averages, else the plain ones.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+      ValueError: it is damaged, foreign, or of another model.
+    """
+    folder = Path(out) / run_folder.CHECKPOINTS
+    last = run_folder.last_step(Path(out))
+    if last is None:
+        raise FileNotFoundError(
+            f"{out} holds no checkpoint of robustjax; give the folder that was `out` "
+            f"of a training (it has a folder {run_folder.CHECKPOINTS})."
+        )
+    if which == "best":
+        best = checkpoint.read_meta(folder, last)["remembered"]["best"]
+        which = best["step"] if best else last
+    elif which == "last":
+        which = last
+    if not isinstance(which, int):
+        raise ValueError(f'which is {which!r}; give "best", "last" or a step.')
+    leaves = checkpoint.read_meta(folder, which)["leaves"]
+    part = ".ema" if any(name.startswith(".ema") for name in leaves) else ""
+    params, extra = like
+    return (
+        checkpoint.restore(folder, which, params, sharding, within=f"{part}.params"),
+        checkpoint.restore(folder, which, extra, sharding, within=f"{part}.extra"),
+    )
+
+
+def _length(
+    data: Any, batch_size: int, num_steps: int | None, num_epochs: int | None
+) -> tuple[int, int | None]:
+    if (num_steps is None) == (num_epochs is None):
+        raise ValueError(
+            f"num_steps is {num_steps} and num_epochs {num_epochs}; give one of them."
+        )
+    per_epoch = None
+    if isinstance(data, Resident):
+        per_epoch = steps_per_epoch(data.x.shape[0], batch_size)
+    if num_epochs is not None:
+        if per_epoch is None:
+            raise ValueError(
+                "num_epochs needs a Resident set; with a function give num_steps."
+            )
+        num_steps = num_epochs * per_epoch
+    assert num_steps is not None
+    if num_steps < 1:
+        raise ValueError(f"{num_steps} steps to train; give 1 or more.")
+    return num_steps, per_epoch
+
+
+def _fingerprint(data: Any) -> dict[str, Any]:
+    if not isinstance(data, Resident):
+        return {"from": "a function of the step"}
+    x, y = np.asarray(data.x), np.asarray(data.y)
+    crc = zlib.crc32(np.ascontiguousarray(y), zlib.crc32(np.ascontiguousarray(x)))
+    return {"shape": list(x.shape), "crc32": crc, "scale": float(data.scale)}
+
+
+def _next(step: int, every: int) -> int:
+    """The first multiple of `every` after `step`: boundaries ignore where we began."""
+    return (step // every + 1) * every
+
+
+def _stream(log: bool | TextIO) -> TextIO | None:
+    import sys
+
+    if not is_writer() or log is False:
+        return None
+    return sys.stdout if log is True else log

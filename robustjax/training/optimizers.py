@@ -1,0 +1,244 @@
+"""Optimizers and learning-rate schedules as optax builds them, with published forms.
+
+Everything here returns plain optax values: `sgd(one_cycle(0.2, 1000))` is a
+`GradientTransformation`, and so is anything of your own.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from robustjax.types import Array, PyTree
+
+Schedule = optax.Schedule
+Decay = Literal["all", "kernels"]
+
+
+def constant(value: float, *, warmup_steps: int = 0) -> Schedule:
+    """`value`, reached linearly from 0 in `warmup_steps`.
+
+    >>> float(constant(0.1, warmup_steps=10)(5))
+    0.05...
+    """
+    return _warmed(lambda step: jnp.full((), value), value, warmup_steps)
+
+
+def cosine(
+    peak: float, num_steps: int, *, warmup_steps: int = 0, final: float = 0.0
+) -> Schedule:
+    """`final + (peak - final) * (1 + cos(pi * t / T)) / 2` after a linear warm-up.
+
+    Args:
+      peak: the learning rate after the warm-up.
+      num_steps: when `final` is reached, the warm-up included.
+      warmup_steps: length of the rise from 0.
+      final: the last learning rate.
+
+    Reference: Loshchilov and Hutter 2017, arXiv:1608.03983.
+
+    >>> [round(float(cosine(0.1, 100)(t)), 3) for t in (0, 50, 100)]
+    [0.1, 0.05, 0.0]
+    """
+    length = _rest(num_steps, warmup_steps)
+
+    def after(step: Array) -> Array:
+        t = jnp.clip((step - warmup_steps) / length, 0, 1)
+        return final + (peak - final) * 0.5 * (1 + jnp.cos(jnp.pi * t))
+
+    return _warmed(after, peak, warmup_steps)
+
+
+def one_cycle(
+    peak: float, num_steps: int, *, warmup_steps: int | None = None, final: float = 0.0
+) -> Schedule:
+    """Linear from 0 to `peak`, then linear to `final`.
+
+    Args:
+      peak: the highest learning rate.
+      num_steps: when `final` is reached.
+      warmup_steps: when the peak is reached; None: `0.4 * num_steps`.
+      final: the last learning rate.
+
+    Reference: Smith and Topin 2018, arXiv:1708.07120; the linear form of Wong et al.
+    2020, arXiv:2001.03994, which rises for two fifths of the training.
+
+    >>> [round(float(one_cycle(0.2, 100)(t)), 3) for t in (0, 20, 40, 70, 100)]
+    [0.0, 0.1, 0.2, 0.1, 0.0]
+    """
+    if warmup_steps is None:
+        warmup_steps = round(0.4 * num_steps)
+    length = _rest(num_steps, warmup_steps)
+
+    def after(step: Array) -> Array:
+        t = jnp.clip((step - warmup_steps) / length, 0, 1)
+        return peak + (final - peak) * t
+
+    return _warmed(after, peak, warmup_steps)
+
+
+def piecewise(
+    value: float,
+    boundaries: Sequence[int],
+    *,
+    factor: float = 0.1,
+    warmup_steps: int = 0,
+) -> Schedule:
+    """`value`, multiplied by `factor` at every boundary.
+
+    Args:
+      value: the first learning rate.
+      boundaries: steps, rising; from step b on the factor holds.
+      factor: what each boundary multiplies by.
+      warmup_steps: length of the linear rise from 0.
+
+    Reference: the steps of Madry et al. 2018 (0.1; 40,000; 60,000), arXiv:1706.06083.
+
+    >>> [round(float(piecewise(0.1, [40, 60])(t)), 4) for t in (39, 40, 60)]
+    [0.1, 0.01, 0.001]
+    """
+    if list(boundaries) != sorted(set(boundaries)):
+        raise ValueError(f"boundaries are {list(boundaries)}; give rising steps.")
+    at = jnp.asarray(list(boundaries), jnp.int32)
+
+    def after(step: Array) -> Array:
+        return value * factor ** jnp.sum(step >= at).astype(jnp.float32)
+
+    return _warmed(after, value, warmup_steps)
+
+
+def sgd(
+    learning_rate: float | Schedule,
+    *,
+    momentum: float = 0.9,
+    nesterov: bool = True,
+    weight_decay: float = 0.0,
+    decay: Decay = "all",
+    clip_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """SGD with momentum and coupled weight decay, as PyTorch's.
+
+    `g <- g + weight_decay * w; m <- momentum * m + g; w <- w - lr * (g + momentum * m)`
+    (without `nesterov`: `w <- w - lr * m`).
+
+    Args:
+      learning_rate: a number or a schedule.
+      momentum: 0 to below 1.
+      nesterov: look ahead.
+      weight_decay: factor of the L2 penalty's gradient.
+      decay: "all" weights, or "kernels" only: no norm scales and no biases.
+      clip_norm: largest global norm of the gradient, before decay; None: no clipping.
+
+    Returns:
+      An optax transformation.
+    """
+    return _chain(
+        clip_norm,
+        _decayed(weight_decay, decay),
+        optax.trace(decay=momentum, nesterov=nesterov) if momentum else None,
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def adam(
+    learning_rate: float | Schedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    clip_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """Adam without weight decay.
+
+    Reference: Kingma and Ba 2015, arXiv:1412.6980.
+    """
+    return _chain(
+        clip_norm,
+        optax.scale_by_adam(b1, b2),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def adamw(
+    learning_rate: float | Schedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    weight_decay: float = 1e-2,
+    decay: Decay = "kernels",
+    clip_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """Adam with decoupled weight decay: `w <- w - lr * (adam + weight_decay * w)`.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1: of the first moment.
+      b2: of the second moment.
+      weight_decay: multiplied by the learning rate.
+      decay: "all" weights, or "kernels" only: no norm scales and no biases.
+      clip_norm: largest global norm of the gradient; None: no clipping.
+
+    Returns:
+      An optax transformation.
+
+    Reference: Loshchilov and Hutter 2019, arXiv:1711.05101.
+    """
+    return _chain(
+        clip_norm,
+        optax.scale_by_adam(b1, b2),
+        _decayed(weight_decay, decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def is_kernel(params: PyTree) -> PyTree:
+    """True for every leaf of two or more axes: not for norm scales and biases.
+
+    >>> is_kernel({"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)})
+    {'bias': False, 'kernel': True}
+    """
+    return jax.tree.map(lambda leaf: jnp.ndim(leaf) > 1, params)
+
+
+def _decayed(weight_decay: float, decay: Decay) -> optax.GradientTransformation | None:
+    if decay not in ("all", "kernels"):
+        raise ValueError(
+            f'decay is {decay!r}; give "all" or "kernels" (no norm scales, no biases).'
+        )
+    if weight_decay < 0:
+        raise ValueError(f"weight_decay is {weight_decay}; give 0 or more.")
+    if weight_decay == 0:
+        return None
+    return optax.add_decayed_weights(
+        weight_decay, mask=is_kernel if decay == "kernels" else None
+    )
+
+
+def _chain(
+    clip_norm: float | None, *parts: optax.GradientTransformation | None
+) -> optax.GradientTransformation:
+    if clip_norm is not None and clip_norm <= 0:
+        raise ValueError(f"clip_norm is {clip_norm}; give a positive number or None.")
+    clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+    return optax.chain(*clip, *(part for part in parts if part is not None))
+
+
+def _rest(num_steps: int, warmup_steps: int) -> int:
+    if not 0 <= warmup_steps < num_steps:
+        raise ValueError(
+            f"warmup_steps is {warmup_steps} of num_steps {num_steps}; "
+            "give a number from 0 to below num_steps."
+        )
+    return num_steps - warmup_steps
+
+
+def _warmed(after: Schedule, peak: float, warmup_steps: int) -> Schedule:
+    if warmup_steps == 0:
+        return lambda step: after(jnp.asarray(step))
+
+    def schedule(step):
+        step = jnp.asarray(step)
+        return jnp.where(step < warmup_steps, peak * step / warmup_steps, after(step))
+
+    return schedule

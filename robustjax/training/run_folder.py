@@ -1,0 +1,90 @@
+"""The folder of a run: what is in it, and when a run may be taken up again.
+
+config.json       what the run was asked to do
+provenance.json   versions, revision, device, command; one entry for each start
+metrics.jsonl     one object per line: kind "train" or "validate", step, numbers
+checkpoints/      the last two and the best (see `checkpoint`)
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from robustjax.logging import keep_rows, plain, provenance, write_json
+from robustjax.parallel import is_writer, wait_for_all
+from robustjax.training import checkpoint
+
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+
+
+def last_step(out: Path) -> int | None:
+    """The newest complete checkpoint of a run; None: there is none."""
+    found = checkpoint.steps(out / CHECKPOINTS)
+    return found[-1] if found else None
+
+
+def open_run(
+    out: Path, settings: Mapping[str, Any], config: Any
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """Begin a run, or make ready to go on with the one that is there.
+
+    Args:
+      out: the run's folder, made where it is missing.
+      settings: what decides the result; compared with those of the checkpoint.
+      config: what the user asked for, for `config.json`.
+
+    Returns:
+      What the last checkpoint remembers (None: a fresh run), and the rows of
+      `metrics.jsonl` up to it; later rows are dropped, they will be made again.
+
+    Raises:
+      ValueError: a setting differs from the run's (the message names it), or the
+        checkpoint is damaged.
+      NotADirectoryError: `out` is a file.
+    """
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"out {out} is a file; give a folder.")
+    step = last_step(out)
+    remembered = None
+    if step is not None:
+        remembered = checkpoint.read_meta(out / CHECKPOINTS, step)["remembered"]
+        check_settings(out, remembered["settings"], plain(settings))
+    rows: list[dict[str, Any]] = []
+    wait_for_all("run folder was read")
+    if is_writer():
+        out.mkdir(parents=True, exist_ok=True)
+        rows = keep_rows(out / METRICS, -1 if step is None else step)
+        if step is None:
+            write_json(out / "config.json", {} if config is None else config)
+        _note_start(out / "provenance.json", step)
+    return remembered, rows
+
+
+def check_settings(
+    out: Path, then: Mapping[str, Any], now: Mapping[str, Any], within: str = ""
+) -> None:
+    """Raise ValueError naming the first setting that differs from the run's."""
+    for name in [*then, *(n for n in now if n not in then)]:
+        old, new = then.get(name, "not set"), now.get(name, "not set")
+        if old == new:
+            continue
+        field = f"{within}{name}"
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            check_settings(out, old, new, field + ".")
+        raise ValueError(
+            f"{out} holds a run that was started with {field} = {old!r}, now it is "
+            f"{new!r}. Give {field} = {old!r} to go on with that run, or another "
+            "folder to start a new one."
+        )
+
+
+def _note_start(path: Path, step: int | None) -> None:
+    starts = []
+    if step is not None and path.exists():
+        try:
+            starts = json.loads(path.read_text())["starts"]
+        except (ValueError, KeyError):
+            starts = []
+    write_json(path, {"starts": [*starts, {"at_step": step or 0, **provenance()}]})

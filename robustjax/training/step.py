@@ -1,0 +1,101 @@
+"""The one train step, for every method."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from robustjax.methods.base import Method
+from robustjax.metrics import Mean
+from robustjax.training.state import Ema, TrainState
+from robustjax.types import Array, Batch, PyTree
+
+Decay = float | Callable[[Array], Array]
+Metrics = dict[str, Mean]
+
+
+def make_train_step(
+    method: Method, tx: optax.GradientTransformation, ema_decay: Decay | None = None
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Build the pure train step; the caller compiles it.
+
+    Step t draws from `fold_in(state.key, t)`. With `method.repeats = m > 1` it makes m
+    updates on the batch, update r from `fold_in(fold_in(state.key, t), r)`, so a
+    schedule in `tx` counts `m * steps` updates.
+
+    Args:
+      method: how gradients are made.
+      tx: what becomes of them.
+      ema_decay: d of `ema <- d * ema + (1 - d) * value`, after every update; a number
+        or a function of the step such as `ramped(0.999)`. The floating-point leaves
+        of `extra` (BatchNorm statistics) are averaged like the weights, other leaves
+        are copied.
+
+    Returns:
+      `step(state, batch) -> (state, metrics)`.
+    """
+    if method.repeats < 1:
+        raise ValueError(f"method.repeats is {method.repeats}; give 1 or more.")
+
+    def update(state: TrainState, batch: Batch, key) -> tuple[TrainState, Metrics]:
+        grads, aux = method.grads(
+            state.params, state.extra, state.carry, batch, state.step, key
+        )
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema_decay is not None and ema is not None:
+            decay = ema_decay(state.step) if callable(ema_decay) else ema_decay
+            ema = Ema(
+                _average(ema.params, params, decay),
+                _average(ema.extra, aux.extra, decay),
+            )
+        state = dataclasses.replace(
+            state,
+            params=params,
+            extra=aux.extra,
+            opt_state=opt_state,
+            carry=aux.carry,
+            ema=ema,
+        )
+        return state, aux.metrics
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        if method.repeats == 1:
+            state, metrics = update(state, batch, key)
+        else:
+
+            def body(state, repeat):
+                return update(state, batch, jax.random.fold_in(key, repeat))
+
+            state, stacked = jax.lax.scan(body, state, jnp.arange(method.repeats))
+            metrics = jax.tree.map(lambda v: v.sum(0), stacked)
+        return dataclasses.replace(state, step=state.step + 1), metrics
+
+    return step
+
+
+def ramped(decay: float) -> Callable[[Array], Array]:
+    """Decay that grows from 0.1: `min(decay, (1 + t) / (10 + t))` at step t.
+
+    >>> [round(float(ramped(0.99)(jnp.array(t))), 2) for t in (0, 10, 10_000)]
+    [0.1, 0.55, 0.99]
+    """
+
+    def at(step: Array) -> Array:
+        t = step.astype(jnp.float32)
+        return jnp.minimum(decay, (1 + t) / (10 + t))
+
+    return at
+
+
+def _average(average: PyTree, value: PyTree, decay: Array | float) -> PyTree:
+    def leaf(a: Array, v: Array) -> Array:
+        if not jnp.issubdtype(v.dtype, jnp.floating):
+            return v
+        return (decay * a + (1 - decay) * v).astype(a.dtype)
+
+    return jax.tree.map(leaf, average, value)
