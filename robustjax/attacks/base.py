@@ -50,8 +50,8 @@ class Result(NamedTuple):
 class Attack(NamedTuple):
     """A kernel: `init(key, problem)` and `step(key, state, problem)`.
 
-    `init` returns a state, `step` the next one and an `Info`. State is what the next step needs; `Info` describes
-    the point just evaluated.
+    `init` returns a state, `step` the next state and an `Info`. State is what the next
+    step needs; `Info` describes the point just evaluated.
     """
 
     init: Callable[[Key, Problem], PyTree]

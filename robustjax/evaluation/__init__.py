@@ -1,0 +1,1 @@
+"""Evaluation: input checks, model checks, the runner and its report."""

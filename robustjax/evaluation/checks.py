@@ -1,0 +1,319 @@
+"""Bad inputs raise here, early and by name; bad models are flagged and go on."""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robustjax.losses import cross_entropy, finite
+from robustjax.norms import Norm
+from robustjax.threats import ThreatModel
+from robustjax.types import Array
+
+
+class ModelWarning(UserWarning):
+    """Something about the model makes its robust accuracy doubtful."""
+
+
+class Flag(NamedTuple):
+    """A finding about a model: a short `name`, and a `message` that says the fix."""
+
+    name: str
+    message: str
+
+
+def check_inputs(
+    x: Any,
+    y: Any,
+    threat: ThreatModel,
+    index: Any = None,
+    batch_size: int = 1,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Examples, labels and indices as arrays that an evaluation can trust.
+
+    Args:
+      x: `[N, ...]` floats inside the box of `threat`.
+      y: `[N]` integers, 0 or more.
+      threat: its epsilon must not be negative; a scalar, or one for each example.
+      index: `[N]` integers, or None for `0..N-1`.
+      batch_size: at least 1.
+
+    Returns:
+      `x` float32 (float64 stays), `y` int32, `index` int32.
+
+    Raises:
+      TypeError: wrong kind: integer images, float labels, a norm instead of a threat.
+      ValueError: wrong value or shape. Each message names the argument and the fix.
+
+    >>> from robustjax.threats import linf
+    >>> check_inputs([[0.0, 255.0]], [0], linf(0.1))
+    Traceback (most recent call last):
+    ...
+    ValueError: x lies in [0, 255], outside the box [0, 1]: divide by 255, ...
+    """
+    if not isinstance(threat, ThreatModel):
+        hint = "linf(8 / 255)" if not isinstance(threat, Norm) else "ThreatModel(...)"
+        raise TypeError(
+            f"threat={threat!r} is no ThreatModel: build one, for example {hint}."
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be 1 or more.")
+    x = _check_x(x, threat)
+    y = _check_y(y, len(x))
+    index = np.arange(len(x)) if index is None else np.asarray(index)
+    if index.shape != (len(x),) or index.dtype.kind not in "iu":
+        raise ValueError(
+            f"index has shape {index.shape} and dtype {index.dtype}: "
+            f"it must be integers, one for each of the {len(x)} examples."
+        )
+    _check_epsilon(threat, len(x))
+    return x, y, index.astype(np.int32)
+
+
+def _check_x(x: Any, threat: ThreatModel) -> np.ndarray:
+    x = np.asarray(x)
+    if x.dtype.kind not in "fiub" and x.dtype != jnp.bfloat16:
+        raise TypeError(f"x has dtype {x.dtype}: pass an array of floats.")
+    if x.ndim < 2:
+        raise ValueError(
+            f"x has shape {x.shape}: pass a batch [N, ...]; for one example x[None]."
+        )
+    if len(x) == 0:
+        raise ValueError(f"x has shape {x.shape}: there is no example to evaluate.")
+    x = x if x.dtype == np.float64 and jax.config.jax_enable_x64 else _float32(x)
+    wrong = ~np.isfinite(x).reshape(len(x), -1).all(1)
+    if wrong.any():
+        raise ValueError(
+            f"x holds NaN or infinite values in {wrong.sum()} of {len(x)} examples, "
+            f"first in example {int(np.argmax(wrong))}: mend or drop them."
+        )
+    lower, upper = np.asarray(threat.lower), np.asarray(threat.upper)
+    if np.isnan(lower).any() or np.isnan(upper).any() or (lower >= upper).any():
+        raise ValueError(
+            f"the box [{lower}, {upper}] is empty: lower must be below upper."
+        )
+    if (x < lower).any() or (x > upper).any():
+        box = f"[{lower.min():g}, {upper.max():g}]"
+        message = f"x lies in [{x.min():g}, {x.max():g}], outside the box {box}: "
+        if x.max() > 1.5 and x.min() >= 0 and x.max() <= 255 and upper.max() <= 1:
+            raise ValueError(message + "divide by 255, images are [0, 1] here.")
+        raise ValueError(
+            message + "scale x into the box and put normalization (mean, std) inside "
+            "the model, or give the threat the box that your inputs have "
+            "(lower=..., upper=...)."
+        )
+    return x
+
+
+def _float32(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float32)
+
+
+def _check_y(y: Any, count: int) -> np.ndarray:
+    y = np.asarray(y)
+    if y.ndim == 2 and y.shape[0] == count:
+        raise ValueError(
+            f"y has shape {y.shape}: one-hot labels? Pass integers, y.argmax(axis=-1)."
+        )
+    if y.shape != (count,):
+        raise ValueError(
+            f"y has shape {y.shape} but x has {count} examples: pass one label each."
+        )
+    if y.dtype.kind not in "iu":
+        raise TypeError(
+            f"y has dtype {y.dtype}: labels are integers, y.astype('int32')."
+        )
+    if y.min() < 0:
+        raise ValueError(f"y holds {y.min()}: labels are 0, 1, ..., K - 1.")
+    return y.astype(np.int32)
+
+
+def _check_epsilon(threat: ThreatModel, count: int) -> None:
+    epsilon = np.asarray(threat.epsilon)
+    if epsilon.shape not in ((), (count,)):
+        raise ValueError(
+            f"threat.epsilon has shape {epsilon.shape}: pass a number, or one for each "
+            f"of the {count} examples."
+        )
+    if np.isnan(epsilon).any() or (epsilon < 0).any():
+        raise ValueError(f"threat.epsilon={epsilon}: must be 0 or more.")
+
+
+def check_key(key: Any) -> Array:
+    """The key, or `jax.random.key(0)` for None; an int or a float is refused.
+
+    >>> check_key(7)
+    Traceback (most recent call last):
+    ...
+    TypeError: key=7 is no JAX key: pass jax.random.key(7).
+    """
+    if key is None:
+        return jax.random.key(0)
+    if isinstance(key, int | float):
+        raise TypeError(f"key={key} is no JAX key: pass jax.random.key({int(key)}).")
+    return key
+
+
+def check_logits(logits: Any, y: np.ndarray, count: int) -> None:
+    """The model's answer has a row per example and a column per class.
+
+    Args:
+      logits: an array or its shape and dtype (`jax.eval_shape`).
+      y: `[N]` labels, all below the number of columns.
+      count: rows expected.
+
+    Raises:
+      ValueError: another shape, or a label without a column.
+
+    >>> check_logits(np.zeros((2, 3)), np.array([0, 3]), 2)
+    Traceback (most recent call last):
+    ...
+    ValueError: y holds label 3, but the model has 3 classes (0 to 2).
+    """
+    shape = tuple(getattr(logits, "shape", ()))
+    if len(shape) != 2 or shape[0] != count:
+        raise ValueError(
+            f"logits_fn returned shape {shape} for {count} examples: it must return "
+            f"logits [B, K], one row for each example."
+        )
+    if shape[1] < 2:
+        raise ValueError(
+            f"logits_fn returned {shape[1]} column: for two classes with one logit z, "
+            "return stack([-z, z], axis=-1) / 2."
+        )
+    if y.max() >= shape[1]:
+        raise ValueError(
+            f"y holds label {y.max()}, but the model has {shape[1]} classes "
+            f"(0 to {shape[1] - 1})."
+        )
+
+
+def check_model(
+    logits_fn: Callable[..., Array], x: Array, y: Array, key: Array
+) -> list[Flag]:
+    """What about a model makes attacks on it misleading, as flags; nothing raises.
+
+    Looked at: outputs that are probabilities; NaN or infinite logits; answers that
+    differ between calls (randomness); answers that depend on the other examples
+    (BatchNorm in train mode); a cross-entropy whose gradient is 0 (saturation); clean
+    accuracy at chance.
+
+    Args:
+      logits_fn: `f(x, key)`.
+      x: `[M, ...]` some examples; 64 are plenty.
+      y: `[M]` labels.
+      key: for models that are random.
+
+    >>> import jax.numpy as jnp
+    >>> x, y = jnp.eye(4), jnp.arange(4)
+    >>> probabilities = lambda x, key: jax.nn.softmax(3 * x)
+    >>> [flag.name for flag in check_model(probabilities, x, y, jax.random.key(0))]
+    ['probabilities']
+    """
+    keys = jax.random.split(key)
+    forward = jax.jit(lambda f, x, key: f(x, key))
+    f = logits_fn if _is_pytree(logits_fn) else jax.tree_util.Partial(logits_fn)
+    logits = np.asarray(forward(f, x, keys[0]), np.float32)
+    flags = []
+    if not np.isfinite(logits).all():
+        rows = (~np.isfinite(logits)).any(1)
+        flags.append(
+            Flag(
+                "non-finite logits",
+                f"{rows.sum()} of {len(x)} clean examples get NaN or infinite logits. "
+                "Examples with NaN count as broken; attacks see no gradient there.",
+            )
+        )
+    if _probabilities(logits):
+        flags.append(
+            Flag(
+                "probabilities",
+                "logits_fn returns probabilities (rows sum to 1, all in [0, 1]). "
+                "Cross-entropy of a softmax saturates and attacks stall: robustness "
+                "is overstated. Return the logits, before softmax.",
+            )
+        )
+    again = np.asarray(forward(f, x, keys[1]), np.float32)
+    scale = _scale(logits)
+    if not np.allclose(logits, again, rtol=0, atol=1e-4 * scale, equal_nan=True):
+        flags.append(
+            Flag(
+                "random",
+                "logits_fn answers differently with another key. Attack the expectation "
+                "(robustjax.eot), or robustness is overstated.",
+            )
+        )
+    elif len(x) > 1:
+        alone = jnp.concatenate(
+            [forward(f, x[i : i + 1], keys[0]) for i in range(min(4, len(x)))]
+        )
+        difference = np.abs(np.asarray(alone, np.float32) - logits[: len(alone)])
+        if np.nanmax(difference) > 1e-3 * scale:
+            flags.append(
+                Flag(
+                    "depends on the batch",
+                    "an example gets other logits alone than in a batch (by "
+                    f"{np.nanmax(difference):.3g}): BatchNorm in train mode? "
+                    "Evaluate in inference mode: logits_fn(model, params, extra).",
+                )
+            )
+    flags += _saturation(f, x, y, keys[0])
+    accuracy = float(np.mean(logits.argmax(1) == np.asarray(y)))
+    classes = logits.shape[1]
+    if len(x) >= 32 and accuracy <= 1 / classes + 2 * math.sqrt(1 / classes / len(x)):
+        flags.append(
+            Flag(
+                "clean accuracy at chance",
+                f"clean accuracy on {len(x)} examples is {accuracy:.2f} with {classes} "
+                "classes: are labels, input scale and axes what the model wants?",
+            )
+        )
+    return flags
+
+
+def _is_pytree(value: Any) -> bool:
+    return isinstance(value, jax.tree_util.Partial)
+
+
+def _scale(logits: np.ndarray) -> float:
+    usable = logits[np.isfinite(logits)]
+    return max(float(np.abs(usable).max()), 1e-6) if usable.size else 1.0
+
+
+def _probabilities(logits: np.ndarray) -> bool:
+    inside = logits.min() >= 0 and logits.max() <= 1
+    return bool(inside and np.allclose(logits.sum(1), 1, atol=1e-3))
+
+
+def _saturation(f: Any, x: Array, y: Array, key: Array) -> list[Flag]:
+    @jax.jit
+    def largest_gradient(f, x, y, key):
+        def total(x):
+            return jnp.sum(cross_entropy(finite(f(x, key)), y))
+
+        grad = jax.grad(total)(x)
+        return jnp.max(jnp.abs(grad).reshape(len(x), -1), axis=-1)
+
+    largest = np.asarray(largest_gradient(f, x, y, key))
+    # 0, or so small that float32 rounding of the forward pass drowns it.
+    dead = ~(largest > 1e-12)
+    if dead.mean() <= 0.1:
+        return []
+    return [
+        Flag(
+            "vanishing gradient",
+            f"the cross-entropy's input gradient is 0 or not finite for {dead.sum()} "
+            f"of {len(x)} examples: saturated logits or a masked gradient. Attack with "
+            "margin_loss or dlr too, and with bpda where a step has no gradient.",
+        )
+    ]
+
+
+def warn(flags: list[Flag]) -> None:
+    """Say each flag loudly, as a `ModelWarning`."""
+    for flag in flags:
+        warnings.warn(f"{flag.name}: {flag.message}", ModelWarning, stacklevel=3)
