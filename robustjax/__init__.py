@@ -1,6 +1,6 @@
 """robustjax: compiled attacks, adversarial training and honest evaluation in JAX.
 
-
+>>> import jax.numpy as jnp, robustjax as rj
 >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
 >>> x, y = jnp.array([[0.6, 0.5], [0.9, 0.1]]), jnp.array([0, 0])
 >>> rj.attack(logits_fn, x, y, rj.linf(0.1)).success.tolist()
@@ -31,6 +31,9 @@ from robustjax.attacks.gradient import (
 )
 from robustjax.attacks.noise import noise
 from robustjax.attacks.pgd import adam, fgsm, momentum, pgd
+from robustjax.evaluation.checks import ModelWarning
+from robustjax.evaluation.report import Report, ThreatReport
+from robustjax.evaluation.runner import attack, evaluate
 from robustjax.gradients import bpda, eot, score_and_grad
 from robustjax.norms import L0, L1, L2, AnyOf, Linf, Norm
 from robustjax.problems import (
@@ -52,5 +55,65 @@ from robustjax.threats import (
     project,
     project_sequential,
     stack,
+    threat,
 )
 from robustjax.types import Batch, LogitsFn
+
+__all__ = [
+    "adam",
+    "AnyOf",
+    "Attack",
+    "attack",
+    "attack_step",
+    "AttackFn",
+    "Batch",
+    "bpda",
+    "eot",
+    "evaluate",
+    "example_keys",
+    "fgsm",
+    "gradient_ascent",
+    "GradientState",
+    "Info",
+    "is_feasible",
+    "l0",
+    "L0",
+    "l1",
+    "L1",
+    "L2",
+    "l2",
+    "last",
+    "linf",
+    "Linf",
+    "LogitsFn",
+    "maximize",
+    "ModelWarning",
+    "momentum",
+    "multi_target",
+    "never",
+    "noise",
+    "Norm",
+    "normalize_l1",
+    "over_threats",
+    "pgd",
+    "predictions",
+    "Problem",
+    "project",
+    "project_sequential",
+    "Report",
+    "restarts",
+    "Result",
+    "run",
+    "score_and_grad",
+    "sequence",
+    "smallest",
+    "sparse_steepest",
+    "stack",
+    "steepest",
+    "targeted",
+    "threat",
+    "ThreatModel",
+    "ThreatReport",
+    "untargeted",
+    "worst",
+]

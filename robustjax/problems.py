@@ -58,12 +58,17 @@ def with_key(logits_fn: Callable[..., Array]) -> LogitsFn:
     >>> with_key(lambda x: x + 1)(1, key=None)
     2
     """
-    if _takes_key(logits_fn):
+    if takes_key(logits_fn):
         return lambda x, key=None: logits_fn(x, key)
     return lambda x, key=None: logits_fn(x)
 
 
-def _takes_key(fn: Any) -> bool:
+def takes_key(fn: Any) -> bool:
+    """Whether a function takes `(x, key)`, and not `(x)` alone.
+
+    >>> takes_key(lambda x, key: x), takes_key(lambda x, scale=2: x)
+    (True, False)
+    """
     try:
         parameters = list(inspect.signature(fn).parameters.values())
     except (TypeError, ValueError):  # a callable without a signature: assume f(x)

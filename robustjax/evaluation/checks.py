@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from robustjax.losses import cross_entropy, finite
-from robustjax.norms import Norm
 from robustjax.threats import ThreatModel
 from robustjax.types import Array
 
@@ -56,9 +55,8 @@ def check_inputs(
     ValueError: x lies in [0, 255], outside the box [0, 1]: divide by 255, ...
     """
     if not isinstance(threat, ThreatModel):
-        hint = "linf(8 / 255)" if not isinstance(threat, Norm) else "ThreatModel(...)"
         raise TypeError(
-            f"threat={threat!r} is no ThreatModel: build one, for example {hint}."
+            f"threat={threat!r} is no ThreatModel: build one, such as linf(8 / 255)."
         )
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be 1 or more.")
@@ -243,8 +241,8 @@ def check_model(
         flags.append(
             Flag(
                 "random",
-                "logits_fn answers differently with another key. Attack the expectation "
-                "(robustjax.eot), or robustness is overstated.",
+                "logits_fn answers differently with another key. Attack the "
+                "expectation (robustjax.eot), or robustness is overstated.",
             )
         )
     elif len(x) > 1:
