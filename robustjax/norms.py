@@ -158,7 +158,8 @@ def _l2_nearest(delta: Array, epsilon: Array, low: Array, high: Array) -> Array:
     """`clip(t * delta, low, high)`, the largest t <= 1 inside the ball."""
     inverse = _inverse(epsilon)
     size = jnp.abs(delta)
-    cap = jnp.minimum(jnp.where(delta < 0, -low, high), epsilon)
+    # Not also epsilon: a coordinate that epsilon stops would hide what t adds.
+    cap = jnp.where(delta < 0, -low, high)
 
     def outside(t):
         return jnp.sum(jnp.square(jnp.minimum(t * size, cap) * inverse)) > 1
@@ -169,7 +170,7 @@ def _l2_nearest(delta: Array, epsilon: Array, low: Array, high: Array) -> Array:
 
 
 def _l1_nearest(delta: Array, epsilon: Array, low: Array, high: Array) -> Array:
-    """`sign(delta) * clip(|delta| - tau, 0, cap)`, the least tau >= 0 inside the ball."""
+    """`sign(delta) * clip(|delta| - tau, 0, cap)`, tau >= 0 the least inside."""
     inverse = _inverse(epsilon)
     size = jnp.abs(delta)
     cap = jnp.minimum(jnp.where(delta < 0, -low, high), epsilon)
