@@ -22,6 +22,7 @@ from robustjax.data.resident import (
     to_float,
 )
 from robustjax.data.sources import Dataset, default_data_dir, load
+from robustjax.data.stream import stream
 
 __all__ = [
     "AugmentFn",
@@ -42,6 +43,7 @@ __all__ = [
     "resident",
     "split_validation",
     "steps_per_epoch",
+    "stream",
     "take",
     "to_float",
 ]

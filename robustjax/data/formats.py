@@ -8,6 +8,7 @@ import gzip
 import re
 import zipfile
 import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,11 +108,11 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape).copy()
 
 
-def find_idx(folder: Path) -> dict[str, Path]:
-    """Find which IDX files of a folder hold x_train, y_train, x_test and y_test.
+def find_idx(files: Iterable[Path]) -> dict[str, Path]:
+    """Tell which IDX files hold x_train, y_train, x_test and y_test.
 
     Args:
-      folder: where to look, not below it.
+      files: candidates; those with other names are ignored.
 
     Returns:
       What was found, by array name; of a packed and an unpacked twin the unpacked.
@@ -120,8 +121,7 @@ def find_idx(folder: Path) -> dict[str, Path]:
       ValueError: two files claim the same place.
     """
     found: dict[str, Path] = {}
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    for path in files:
+    for path in sorted(files):
         match = re.search(
             r"(train|t10k|test).*(images|labels).*ubyte(\.gz)?$", path.name
         )
@@ -134,30 +134,40 @@ def find_idx(folder: Path) -> dict[str, Path]:
             found[name] = path
         elif path.name != twin.name + ".gz":
             raise ValueError(
-                f"Both {twin} and {path.name} look like {name}. "
-                "Keep one data set in a folder."
+                f"Both {twin} and {path} look like {name}. Keep one data set in a "
+                "folder."
             )
     return found
 
 
-def read_idx_folder(folder: Path) -> Arrays:
-    """Read the four IDX files of a folder.
+def read_idx_files(files: Mapping[str, Path]) -> Arrays:
+    """Read the four IDX files of a set.
+
+    Args:
+      files: by array name, as `find_idx` returns them.
+
+    Returns:
+      The arrays.
 
     Raises:
       FileNotFoundError: one of the four is not there.
       ValueError: a file is truncated, damaged or foreign.
     """
-    found = find_idx(folder)
-    missing = [name for name in ARRAY_NAMES if name not in found]
+    missing = [name for name in ARRAY_NAMES if name not in files]
     if missing:
-        names = ", ".join(path.name for path in found.values())
+        names = ", ".join(str(path) for path in files.values())
         raise FileNotFoundError(
-            f"{folder} holds {names}, but no IDX file for {', '.join(missing)}. The "
-            "four are named train-images-idx3-ubyte, train-labels-idx1-ubyte, "
+            f"There is {names}, but no IDX file for {', '.join(missing)}. The four are "
+            "named train-images-idx3-ubyte, train-labels-idx1-ubyte, "
             "t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, each with or "
             "without .gz."
         )
-    return Arrays(*(read_idx(found[name]) for name in ARRAY_NAMES))
+    return Arrays(*(read_idx(files[name]) for name in ARRAY_NAMES))
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Return what lies in a folder, not below it; nothing where there is none."""
+    return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def read_image_folder(folder: Path) -> tuple[Arrays, tuple[str, ...]]:
@@ -245,20 +255,22 @@ def find_tfds(folder: Path) -> Path | None:
     return max(versions)[1] if versions else None
 
 
-def read_tfds(folder: Path) -> Arrays:
+def read_tfds(folder: Path) -> tuple[Arrays, bool]:
     """Read a set that TFDS prepared as ArrayRecord, without TensorFlow.
 
     Args:
       folder: the version folder, which holds `dataset_info.json`.
 
     Returns:
-      The arrays of the splits `train` and `test`.
+      The arrays of the splits `train` and `test`, and whether they are in the
+      official order: TFDS shuffles what it prepares. `scripts/prepare_data` does not,
+      and where examples have an "id" (CIFAR) the order is restored from it.
 
     Raises:
       ImportError: tensorflow-datasets is not installed.
       ValueError: another file format, or splits or features that are not there.
     """
-    splits = []
+    arrays, ordered = [], True
     for split in ("train", "test"):
         source = tfds_source(folder, split)
         first = source[0]
@@ -269,12 +281,18 @@ def read_tfds(folder: Path) -> Arrays:
             )
         x = np.empty((len(source), *np.shape(first["image"])), np.uint8)
         y = np.empty(len(source), np.int32)
-        for start in range(0, len(source), 1000):
-            rows = range(start, min(start + 1000, len(source)))
-            for row, example in zip(rows, source.__getitems__(list(rows)), strict=True):
-                x[row], y[row] = example["image"], example["label"]
-        splits += [x, y]
-    return Arrays(*splits)
+        ids = []
+        for row in range(len(source)):
+            example = source[row]
+            x[row], y[row] = example["image"], example["label"]
+            ids.append(example.get("id", b""))
+        if not source.dataset_info.disable_shuffling:
+            ordered = ordered and len(set(ids)) == len(ids)
+            if len(set(ids)) == len(ids):
+                order = np.argsort(ids)
+                x, y = x[order], y[order]
+        arrays += [x, y]
+    return Arrays(*arrays), ordered
 
 
 def tfds_source(folder: Path, split: str) -> Any:

@@ -115,8 +115,9 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     else:
         folder = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
         found = _read(folder / name)
-        if found is None and formats.find_idx(folder):
-            found = formats.read_idx_folder(folder), f"IDX files in {folder.name}", ()
+        idx = formats.find_idx(formats.list_files(folder))
+        if found is None and idx:
+            found = formats.read_idx_files(idx), f"IDX files in {folder.name}", ()
         if found is None:
             raise FileNotFoundError(_missing(name, folder))
     if found is None:
@@ -213,8 +214,9 @@ def _read(base: Path) -> tuple[formats.Arrays, str, tuple[str, ...]] | None:
     npz = base.with_name(base.name + ".npz")
     if npz.is_file():
         return formats.read_npz(npz), npz.name, ()
-    if formats.find_idx(base):
-        return formats.read_idx_folder(base), f"IDX files in {base.name}", ()
+    idx = formats.find_idx(formats.list_files(base))
+    if idx:
+        return formats.read_idx_files(idx), f"IDX files in {base.name}", ()
     if (base / "train").is_dir() or (base / "test").is_dir():
         arrays, classes = formats.read_image_folder(base)
         return arrays, f"the image folder {base.name}", classes
@@ -222,8 +224,9 @@ def _read(base: Path) -> tuple[formats.Arrays, str, tuple[str, ...]] | None:
         base if (base / "dataset_info.json").is_file() else formats.find_tfds(base)
     )
     if version is not None:
+        arrays, ordered = formats.read_tfds(version)
         origin = f"TFDS ArrayRecord {version.parent.name}/{version.name}"
-        return formats.read_tfds(version), origin, ()
+        return arrays, origin + ("" if ordered else " in TFDS's shuffled order"), ()
     return None
 
 
