@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any, TextIO
 
 import jax
+import numpy as np
 
 PACKAGES = ("robustjax", "jax", "jaxlib", "numpy", "optax", "flax", "orbax-checkpoint")
 
@@ -28,8 +29,9 @@ def plain(value: Any) -> Any:
     {'lr': None, 'out': 'a', 'n': [1, 2]}
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-        return {field.name: plain(getattr(value, field.name)) for field in fields}
+        return {
+            f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)
+        }
     if isinstance(value, Mapping):
         return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -41,8 +43,8 @@ def plain(value: Any) -> Any:
         return PurePath(value).name if os.path.isabs(value) else str(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        return plain(np.asarray(value).tolist())
     return getattr(value, "__qualname__", None) or str(value)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -63,16 +64,14 @@ def check_rows(batch_size: int, mesh: Mesh | None) -> None:
 def put_global(tree: PyTree, sharding: NamedSharding | None) -> PyTree:
     """Place arrays that every process holds in full; None: on the default device."""
     if sharding is None:
-        return jax.tree.map(jax.numpy.asarray, tree)
+        return jax.tree.map(jnp.asarray, tree)
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
     return jax.tree.map(lambda leaf: _put_leaf(leaf, sharding), tree)
 
 
 def _put_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(
-        leaf.dtype, jax.dtypes.prng_key
-    ):
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _put_leaf(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     host = np.asarray(leaf)

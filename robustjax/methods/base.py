@@ -15,7 +15,7 @@ from robustjax.attacks.base import AttackFn
 from robustjax.losses import cross_entropy, soft_cross_entropy
 from robustjax.metrics import Mean, mean_of, value
 from robustjax.models.base import Model, logits_fn
-from robustjax.problems import untargeted
+from robustjax.problems import maximize, predictions
 from robustjax.threats import ThreatModel
 from robustjax.types import Array, Batch, Key, LossFn, PyTree
 
@@ -138,7 +138,7 @@ def minimax_loss(
     threat: ThreatModel,
     *,
     bn_mode: BnMode = "eval",
-    inner: LossFn = cross_entropy,
+    inner: LossFn = label_loss,
     outer: LossFn = label_loss,
 ) -> Loss:
     """The loss of adversarial training: attack the batch, then learn from the result.
@@ -154,7 +154,7 @@ def minimax_loss(
       bn_mode: how BatchNorm runs *inside the attack*: "eval" (running statistics) or
         "batch" (the batch's own). The attack never changes the running statistics;
         the one forward pass at `x_adv` does.
-      inner: what the attack raises, `(logits, y) -> [B]`; it sees hard labels.
+      inner: what the attack raises, `(logits, y) -> [B]`; y is the batch's.
       outer: what the weights lower, `(logits, y) -> [B]`: see `smoothed`.
 
     Returns:
@@ -177,8 +177,15 @@ def minimax_loss(
         frozen = logits_fn(
             model, *jax.lax.stop_gradient((params, extra)), train=bn_mode == "batch"
         )
-        problem = untargeted(
-            frozen, batch.x, hard_labels(batch.y), threat, inner, index=batch.index
+        labels = hard_labels(batch.y)
+        problem = maximize(
+            frozen,
+            batch.x,
+            threat,
+            lambda logits: inner(logits, batch.y),
+            lambda logits: predictions(logits) != labels,
+            index=batch.index,
+            y=labels,
         )
         x_adv = jax.lax.stop_gradient(attack_fn(attack_key, problem).x_adv)
         logits, extra = model.apply(params, extra, x_adv, train=True, key=train_key)

@@ -2,7 +2,6 @@
 
 from robustjax.attacks.base import AttackFn, last
 from robustjax.attacks.pgd import pgd
-from robustjax.losses import cross_entropy
 from robustjax.methods.base import (
     BnMode,
     Method,
@@ -21,7 +20,7 @@ def madry(
     attack_fn: AttackFn | None = None,
     *,
     bn_mode: BnMode = "eval",
-    inner: LossFn = cross_entropy,
+    inner: LossFn = label_loss,
     outer: LossFn = label_loss,
 ) -> Method:
     """Train on adversarial examples only: `min_w E max_delta loss(w, x + delta, y)`.

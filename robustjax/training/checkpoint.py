@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -32,8 +34,8 @@ def steps(folder: Path) -> list[int]:
     """The steps whose checkpoints are complete, rising."""
     if not folder.is_dir():
         return []
-    names = (path.name for path in folder.iterdir())
-    return sorted(int(n[len(_PREFIX) :]) for n in names if n.startswith(_PREFIX))
+    found = (_step_of(path) for path in folder.iterdir())
+    return sorted(step for step in found if step is not None)
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -80,17 +82,19 @@ def save(folder: Path, step: int, state: PyTree, remembered: Mapping[str, Any]) 
             shutil.rmtree(saving, ignore_errors=True)
             saving.mkdir()
         wait_for_all(f"checkpoint {step} begins")
-        ocp.save((saving / "arrays").absolute(), arrays)
+        ocp.save(str((saving / "arrays").absolute()), arrays)
         wait_for_all(f"checkpoint {step} is written")
         if is_writer():
             meta = {"format": FORMAT, "step": step, "leaves": leaves}
             meta |= {"files": _checksums(saving), "remembered": remembered}
             write_json(saving / "meta.json", meta)
             _sync(saving)
+            old = final.with_name(_SAVING + "old_" + final.name)
             if final.exists():
-                shutil.rmtree(final)
+                os.replace(final, old)
             os.replace(saving, final)
             _sync_folder(folder)
+            shutil.rmtree(old, ignore_errors=True)
     except Exception as error:  # Orbax reports a full disc in several types
         with contextlib.suppress(OSError):
             shutil.rmtree(saving, ignore_errors=True)
@@ -104,14 +108,14 @@ def prune(folder: Path, keep: set[int]) -> None:
     if not is_writer() or not folder.is_dir():
         return
     for path in folder.iterdir():
-        stale = (
-            path.name.startswith(_PREFIX) and int(path.name[len(_PREFIX) :]) not in keep
-        )
-        if stale or path.name.startswith(_SAVING):
+        step = _step_of(path)
+        if step is not None and step not in keep:
             # Renamed first: a folder that is half deleted must not look complete.
-            doomed = path.with_name(_SAVING + path.name.lstrip("."))
+            doomed = path.with_name(_SAVING + "old_" + path.name)
             os.replace(path, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+        elif path.name.startswith(_SAVING):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def read_meta(folder: Path, step: int) -> dict[str, Any]:
@@ -124,7 +128,8 @@ def read_meta(folder: Path, step: int) -> dict[str, Any]:
     path = path_of(folder, step)
     if not path.is_dir():
         raise FileNotFoundError(
-            f"{path} does not exist; {folder} holds the steps {steps(folder) or 'none'}."
+            f"{path} does not exist; {folder} holds the steps "
+            f"{steps(folder) or 'none'}."
         )
     try:
         meta = json.loads((path / "meta.json").read_text())
@@ -136,8 +141,8 @@ def read_meta(folder: Path, step: int) -> dict[str, Any]:
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         found = meta.get("format") if isinstance(meta, dict) else type(meta).__name__
         raise ValueError(
-            f"{path} is foreign: its format is {found!r}, this version reads {FORMAT!r}."
-            f" {_advice(folder, step)}"
+            f"{path} is foreign: its format is {found!r}, this version reads "
+            f"{FORMAT!r}. {_advice(folder, step)}"
         )
     found = _checksums(path)
     for name, checksum in meta["files"].items():
@@ -178,14 +183,14 @@ def restore(folder: Path, step: int, like: PyTree, sharding=None, within: str = 
     }
     wanted = dict(_named_leaves(like))
     _compare(path, saved, wanted)
-    arrays = ocp.load((path / "arrays").absolute(), _abstract(meta["leaves"]))
+    arrays = ocp.load(str((path / "arrays").absolute()), _abstract(meta["leaves"]))
 
     def leaf(name: str, target: Any):
         entry = saved[name]
         array = arrays.get(entry["id"], np.zeros(entry["shape"], entry["dtype"]))
         if entry["kind"] == "array":
             return put_global(np.asarray(array), sharding)
-        key = jax.random.wrap_key_data(np.asarray(array), impl=entry["impl"])
+        key = jax.random.wrap_key_data(jnp.asarray(array), impl=entry["impl"])
         return put_global(key, sharding)
 
     structure = jax.tree.structure(like)
@@ -202,16 +207,15 @@ def _compare(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) ->
             )
         entry = saved[name]
         shape, kind = tuple(entry["shape"]), entry["kind"]
-        here = (
-            jax.eval_shape(jax.random.key_data, target)
-            if _kind(target) != "array"
-            else target
-        )
+        here = target
+        if _kind(target) != "array":
+            here = jax.eval_shape(jax.random.key_data, target)
         same = shape == here.shape and entry["dtype"] == str(here.dtype)
         if not same or kind != _kind(target):
             raise ValueError(
-                f"{path} does not fit: its leaf {name} is {entry['dtype']}{list(shape)}"
-                f" ({kind}), expected {here.dtype}{list(here.shape)} ({_kind(target)}). "
+                f"{path} does not fit: its leaf {name} is "
+                f"{entry['dtype']}{list(shape)} ({kind}), expected "
+                f"{here.dtype}{list(here.shape)} ({_kind(target)}). "
                 "Build the model that the run was made with (its config.json says "
                 "which), or start a new run in another folder."
             )
@@ -224,6 +228,11 @@ def _compare(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) ->
         )
 
 
+def _step_of(path: Path) -> int | None:
+    match = re.fullmatch(_PREFIX + r"(\d{8,})", path.name)
+    return int(match[1]) if match else None
+
+
 def _named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
@@ -231,7 +240,7 @@ def _named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
 
 def _kind(leaf: Any) -> str:
     """ "array", or what sort of typed key it is, as in "key<fry>"."""
-    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return str(leaf.dtype) if is_key else "array"
 
 
@@ -244,11 +253,10 @@ def _abstract(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checksums(folder: Path) -> dict[str, list[int]]:
-    files = sorted(
-        p for p in folder.rglob("*") if p.is_file() and p.name != "meta.json"
-    )
     found = {}
-    for path in files:
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or path == folder / "meta.json":
+            continue
         data = path.read_bytes()
         found[path.relative_to(folder).as_posix()] = [len(data), zlib.crc32(data)]
     return found
@@ -258,9 +266,7 @@ def _advice(folder: Path, step: int) -> str:
     earlier = [s for s in steps(folder) if s < step]
     if not earlier:
         return "Delete the run's folder to start anew, or give another one."
-    return (
-        f"Delete that folder to go on from step {earlier[-1]}, which is kept beside it."
-    )
+    return f"Delete that folder to go on from step {earlier[-1]}, which is beside it."
 
 
 def _write_error(folder: Path, step: int, error: Exception) -> OSError:

@@ -1,5 +1,6 @@
 """One compiled program for any stretch of steps, with metrics summed on the device."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from robustjax.data.resident import Resident, batch_indices, take, to_float
-from robustjax.metrics import value
 from robustjax.parallel import (
     constrain_rows,
     fetch,
@@ -80,10 +80,13 @@ class Dispatcher:
         self.compiled: Any = None
 
     def example(self) -> Batch:
-        """The first batch, for shapes; may be called inside a trace."""
+        """A batch of zeros of the shapes to come; costs nothing inside a trace."""
         if self.host is not None:
-            return jax.tree.map(jnp.asarray, self.host(0))
-        return self._batch(self.data, jnp.arange(self.batch_size, dtype=jnp.int32), 0)
+            batch = jax.eval_shape(self._mixed, self.host(0), 0)
+        else:
+            index = np.arange(self.batch_size, dtype=np.int32)
+            batch = jax.eval_shape(self._batch, self.data, index, 0)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), batch)
 
     def __call__(
         self,
@@ -95,7 +98,7 @@ class Dispatcher:
         """Run the steps `start .. stop - 1`; `state` is consumed."""
         feed = self._feed(start)
         if self.totals is None:
-            self.totals = self._zeros(state, feed)
+            self.totals = self._zeros(state)
         bounds = np.int32(start), np.int32(stop)
         if self.compiled is None:
             began = time.monotonic()
@@ -116,15 +119,17 @@ class Dispatcher:
         totals: Totals = fetch(self.totals)
         if totals.bad_step >= 0:
             names = [n for n, bad in zip(self.names, totals.bad, strict=True) if bad]
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise FloatingPointError(
-                f"{names[0]}{more} became NaN or infinite in step {totals.bad_step}; "
-                "the last checkpoint from before is kept. Lower the learning rate, "
-                "clip the gradient (clip_norm=1.0) or warm up longer, then start a new "
-                "run."
+                f"{', '.join(names[:3])}{more} became NaN or infinite in step "
+                f"{totals.bad_step}; the checkpoint from before is kept. Lower the "
+                "learning rate, clip the gradient (clip_norm=1.0) or warm up longer, "
+                "and start a new run."
             )
-        means = jax.tree.map(value, totals.metrics, is_leaf=_is_mean)
-        return {name: float(mean) for name, mean in means.items()}
+        return {
+            name: float(mean.total) / float(mean.count) if mean.count else math.nan
+            for name, mean in totals.metrics.items()
+        }
 
     def collect(self, state: TrainState) -> dict[str, float]:
         """The means since the last `collect`, which begin anew."""
@@ -181,26 +186,21 @@ class Dispatcher:
             return batch
         return self.mix(jax.random.fold_in(self.mix_key, t), batch)
 
-    def _zeros(self, state: TrainState, feed: Any) -> Totals:
+    def _zeros(self, state: TrainState) -> Totals:
         """Totals of nothing; also learns the names of the watched leaves."""
 
-        def one(state: TrainState, feed: Any):
-            batch = (
-                feed if self.host is not None else self._batch(self.data, feed[0], 0)
-            )
-            batch = self._mixed(batch, 0) if self.host is not None else batch
-            state, metrics = self.step(state, batch)
+        def one(state: TrainState):
+            state, metrics = self.step(state, self.example())
             return metrics, _watched(state, metrics)
 
-        metrics, watched = jax.eval_shape(one, state, feed)
+        metrics, watched = jax.eval_shape(one, state)
         self.names = [
             jax.tree_util.keystr(path, simple=True, separator="/")
             for path, _ in jax.tree_util.tree_leaves_with_path(watched)
         ]
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), metrics)
-        totals = Totals(
-            zeros, jnp.full((), -1, jnp.int32), jnp.zeros(len(self.names), bool)
-        )
+        none_bad = jnp.zeros(len(self.names), bool)
+        totals = Totals(zeros, jnp.full((), -1, jnp.int32), none_bad)
         return put_global(totals, self.sharding)
 
     def _added(
@@ -224,10 +224,6 @@ def _watched(state: TrainState, metrics: PyTree) -> dict[str, PyTree]:
         lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) else jnp.zeros(()),
         watched,
     )
-
-
-def _is_mean(node: Any) -> bool:
-    return hasattr(node, "total")
 
 
 def _cleared(totals: Totals | None) -> Totals:

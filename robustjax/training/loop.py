@@ -5,6 +5,8 @@ and all other randomness follow from (key, step); one compiled program runs any 
 of steps; checkpoints hold whole stretches.
 """
 
+import math
+import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -17,21 +19,16 @@ import numpy as np
 import optax
 
 from robustjax.data.resident import Resident, steps_per_epoch
-from robustjax.logging import LiveLine, append_row, plain
+from robustjax.logging import LiveLine, plain
 from robustjax.methods.base import Method
 from robustjax.models.base import Model
-from robustjax.parallel import (
-    check_rows,
-    fetch,
-    is_writer,
-    put_global,
-    replicated,
-)
+from robustjax.parallel import check_rows, fetch, is_writer, put_global, replicated
 from robustjax.training import checkpoint, run_folder
 from robustjax.training.dispatch import Dispatcher, HostBatches
 from robustjax.training.progress import Progress
 from robustjax.training.state import TrainState, create_state
 from robustjax.training.step import Decay, make_train_step
+from robustjax.training.weights import load_weights, weights_of
 from robustjax.types import Array, Batch, Key, PyTree
 
 Validate = Callable[[PyTree, PyTree], Mapping[str, Any]]
@@ -105,8 +102,8 @@ def fit(
         compared on resume.
       ema_decay: keep moving averages; see `make_train_step`.
       steps_per_dispatch: steps per compiled call. More than 1 saves the dispatch of
-        small models. On CPU leave 1 for models with ordinary convolutions: XLA runs their
-        gradients 10 to 15 times slower inside a loop (the zoo's do not suffer).
+        small models. On CPU leave 1 for models with ordinary convolutions: XLA runs
+        their gradients 10 to 15 times slower inside a loop (the zoo's do not suffer).
       log_every: steps between training rows; None: at most 50, and every checkpoint.
       log: the live line: True for standard output, a stream, or False for silence.
       mesh: `parallel.data_mesh(...)`: split every batch over devices.
@@ -155,13 +152,13 @@ def fit(
         mesh=mesh,
     )
 
-    def fresh() -> TrainState:
+    def fresh(start: tuple[PyTree, PyTree] | None) -> TrainState:
         example = run_steps.example()
         ema = ema_decay is not None
         return create_state(state_key, model, method, tx, example, ema=ema, start=start)
 
     out = None if out is None else Path(out)
-    remembered, history = None, []
+    remembered, history, settings = None, [], {}
     if out is not None:
         settings = {
             "key": jax.random.key_data(key),
@@ -169,7 +166,7 @@ def fit(
             "num_steps": num_steps,
             "checkpoint_every": checkpoint_every,
             "best_metric": best_metric,
-            "ema": repr(ema_decay) if isinstance(ema_decay, float) else bool(ema_decay),
+            "ema_decay": ema_decay if isinstance(ema_decay, float) else bool(ema_decay),
             "data": _fingerprint(data),
             "config": {} if config is None else config,
         }
@@ -177,10 +174,10 @@ def fit(
     best: dict[str, Any] | None = None
     seconds = 0.0
     if remembered is None or out is None:
-        state = put_global(jax.jit(fresh)(), sharding)
+        state = put_global(jax.jit(fresh)(start), sharding)
     else:
         folder, last = out / run_folder.CHECKPOINTS, remembered["step"]
-        state = checkpoint.restore(folder, last, jax.eval_shape(fresh), sharding)
+        state = checkpoint.restore(folder, last, jax.eval_shape(fresh, start), sharding)
         best, seconds = remembered["best"], remembered["seconds"]
     best_weights: tuple[PyTree, PyTree] | None = None
 
@@ -188,7 +185,7 @@ def fit(
     step = int(fetch(state.step))
     progress = Progress(line, step, num_steps, per_epoch, batch_size, seconds)
     if step:
-        progress.note(f"going on from step {step} of {num_steps}")
+        progress.note(f"{out}: going on from step {step} of {num_steps}")
     log_every = log_every or min(50, checkpoint_every)
     next_log = _next(step, log_every)
 
@@ -196,7 +193,7 @@ def fit(
         row = plain(row)
         history.append(row)
         if out is not None and is_writer():
-            append_row(out / run_folder.METRICS, row)
+            run_folder.append(out, row)
 
     while step < num_steps:
         save_at = min(_next(step, checkpoint_every), num_steps)
@@ -207,7 +204,7 @@ def fit(
             progress.row(step, run_steps.collect(state), write)
             next_log = _next(step, log_every)
         else:
-            progress.maybe_show(step, run_steps.peek)
+            progress.show(step, run_steps.peek)
         if step < save_at:
             continue
         if validate is not None:
@@ -220,86 +217,34 @@ def fit(
                     f"best_metric {best_metric!r}; return it, or name another."
                 )
             write({"kind": "validate", "step": step, **metrics})
-            if best is None or not metrics[best_metric] <= (
-                -np.inf if best[best_metric] is None else best[best_metric]
-            ):
+            is_best = best is None or _better(metrics[best_metric], best[best_metric])
+            if is_best:
                 best = plain({"step": step, **metrics})
                 best_weights = jax.tree.map(jnp.array, weights) if out is None else None
-            progress.validated(step, metrics, best["step"], time.monotonic() - began)
+            progress.validated(step, metrics, is_best, time.monotonic() - began)
         if out is not None:
-            remembered = {
-                "step": step,
-                "settings": plain(settings),
-                "best": best,
-                "seconds": progress.seconds,
-            }
-            folder = out / run_folder.CHECKPOINTS
-            before = checkpoint.steps(folder)
-            checkpoint.save(folder, step, state, remembered)
-            keep = {step, *before[-1:], best["step"] if best else step}
-            checkpoint.prune(folder, keep)
+            earlier, remembered = (
+                remembered,
+                {
+                    "step": step,
+                    "settings": plain(settings),
+                    "best": best,
+                    "seconds": progress.seconds,
+                },
+            )
+            run_folder.checkpoint_now(out, step, state, remembered, earlier)
+            progress.go_on()
 
+    progress.finished()
     if best is None or best["step"] == num_steps:
         params, extra = weights_of(state)
     elif best_weights is not None:
         params, extra = best_weights
     else:
-        assert out is not None
+        assert out is not None  # without a folder the best weights are in memory
         params, extra = load_weights(out, weights_of(state), best["step"], sharding)
     rows = [row for row in history if row["kind"] == "train"]
     return FitResult(state, params, extra, best or (rows[-1] if rows else {}), history)
-
-
-def weights_of(state: TrainState) -> tuple[PyTree, PyTree]:
-    """The weights to use, `(params, extra)`: the averages where they are kept."""
-    if state.ema is not None:
-        return state.ema.params, state.ema.extra
-    return state.params, state.extra
-
-
-def load_weights(
-    out: str | Path,
-    like: tuple[PyTree, PyTree],
-    which: int | str = "best",
-    sharding: Any = None,
-) -> tuple[PyTree, PyTree]:
-    """Load `(params, extra)` of a run, without its optimizer.
-
-    Args:
-      out: the run's folder.
-      like: `(params, extra)` of the model, or their shapes:
-        `jax.eval_shape(model.init, key, x)`.
-      which: "best" by validation (without validation the last), "last", or a step.
-      sharding: where to place the arrays; None: the default device.
-
-    Returns:
-      The averaged weights where the run kept averages, else the plain ones.
-
-    Raises:
-      FileNotFoundError: there is no such checkpoint.
-      ValueError: it is damaged, foreign, or of another model.
-    """
-    folder = Path(out) / run_folder.CHECKPOINTS
-    last = run_folder.last_step(Path(out))
-    if last is None:
-        raise FileNotFoundError(
-            f"{out} holds no checkpoint of robustjax; give the folder that was `out` "
-            f"of a training (it has a folder {run_folder.CHECKPOINTS})."
-        )
-    if which == "best":
-        best = checkpoint.read_meta(folder, last)["remembered"]["best"]
-        which = best["step"] if best else last
-    elif which == "last":
-        which = last
-    if not isinstance(which, int):
-        raise ValueError(f'which is {which!r}; give "best", "last" or a step.')
-    leaves = checkpoint.read_meta(folder, which)["leaves"]
-    part = ".ema" if any(name.startswith(".ema") for name in leaves) else ""
-    params, extra = like
-    return (
-        checkpoint.restore(folder, which, params, sharding, within=f"{part}.params"),
-        checkpoint.restore(folder, which, extra, sharding, within=f"{part}.extra"),
-    )
 
 
 def _length(
@@ -337,9 +282,11 @@ def _next(step: int, every: int) -> int:
     return (step // every + 1) * every
 
 
-def _stream(log: bool | TextIO) -> TextIO | None:
-    import sys
+def _better(new: float, old: float | None) -> bool:
+    return math.isfinite(new) and (old is None or new > old)
 
+
+def _stream(log: bool | TextIO) -> TextIO | None:
     if not is_writer() or log is False:
         return None
     return sys.stdout if log is True else log

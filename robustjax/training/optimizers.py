@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from robustjax.types import Array, PyTree
+from robustjax.types import PyTree
 
 Schedule = optax.Schedule
 Decay = Literal["all", "kernels"]
@@ -44,7 +44,7 @@ def cosine(
     """
     length = _rest(num_steps, warmup_steps)
 
-    def after(step: Array) -> Array:
+    def after(step):
         t = jnp.clip((step - warmup_steps) / length, 0, 1)
         return final + (peak - final) * 0.5 * (1 + jnp.cos(jnp.pi * t))
 
@@ -72,7 +72,7 @@ def one_cycle(
         warmup_steps = round(0.4 * num_steps)
     length = _rest(num_steps, warmup_steps)
 
-    def after(step: Array) -> Array:
+    def after(step):
         t = jnp.clip((step - warmup_steps) / length, 0, 1)
         return peak + (final - peak) * t
 
@@ -103,7 +103,7 @@ def piecewise(
         raise ValueError(f"boundaries are {list(boundaries)}; give rising steps.")
     at = jnp.asarray(list(boundaries), jnp.int32)
 
-    def after(step: Array) -> Array:
+    def after(step):
         return value * factor ** jnp.sum(step >= at).astype(jnp.float32)
 
     return _warmed(after, value, warmup_steps)

@@ -26,11 +26,21 @@ class Progress:
         self.row_step, self.row_began = step, time.monotonic()
         self.shown = 0.0
         self.rate = 0.0
+        self.last_text = ""
 
     def note(self, text: str) -> None:
-        """Write a line that stays; what happened until now is no training time."""
+        """Write a line that stays."""
         self.line.note(text)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Training goes on now: what happened since the last row is not counted."""
         self.row_began = time.monotonic()
+
+    def finished(self) -> None:
+        """Write the last state of the live line, where it would be lost."""
+        if self.last_text:
+            self.line.note(self.last_text)
 
     def row(
         self,
@@ -53,11 +63,12 @@ class Progress:
             }
         )
         self.row_step, self.row_began = step, time.monotonic()
-        self.line.update(self._text(step, means))
+        self.last_text = self._text(step, means)
+        self.line.update(self.last_text)
 
-    def maybe_show(self, step: int, peek: Callable[[], Mapping[str, float]]) -> None:
+    def show(self, step: int, peek: Callable[[], Mapping[str, float]]) -> None:
         """Refresh the line, at most once a second: peeking waits for the device."""
-        if time.monotonic() - self.shown >= 1:
+        if self.line.stream is not None and time.monotonic() - self.shown >= 1:
             means = peek()
             passed = max(time.monotonic() - self.row_began, 1e-9)
             self.rate = (step - self.row_step) * self.batch_size / passed
@@ -65,11 +76,11 @@ class Progress:
             self.shown = time.monotonic()
 
     def validated(
-        self, step: int, metrics: Mapping[str, float], best: int, seconds: float
+        self, step: int, metrics: Mapping[str, float], is_best: bool, seconds: float
     ) -> None:
         """Write what validation said."""
         numbers = "  ".join(f"{name} {number:.4f}" for name, number in metrics.items())
-        mark = "  (best)" if best == step else f"  (best: step {best})"
+        mark = "  best so far" if is_best else ""
         self.note(f"step {step}  validation: {numbers}{mark}  {seconds:.1f} s")
 
     def _text(self, step: int, means: Mapping[str, float]) -> str:

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from robustjax.logging import keep_rows, plain, provenance, write_json
+from robustjax.logging import append_row, keep_rows, plain, provenance, write_json
 from robustjax.parallel import is_writer, wait_for_all
 from robustjax.training import checkpoint
+from robustjax.types import PyTree
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -60,6 +61,52 @@ def open_run(
             write_json(out / "config.json", {} if config is None else config)
         _note_start(out / "provenance.json", step)
     return remembered, rows
+
+
+def checkpoint_now(
+    out: Path,
+    step: int,
+    state: PyTree,
+    remembered: dict[str, Any],
+    earlier: dict[str, Any] | None,
+) -> None:
+    """Save a checkpoint; keep it, the one before, and what either calls the best.
+
+    Args:
+      out: the run's folder.
+      step: names the checkpoint.
+      state: what is saved.
+      remembered: with "step" and "best" (a dict with "step", or None), among others.
+      earlier: the same of the checkpoint before; None: there is none.
+    """
+    checkpoint.save(out / CHECKPOINTS, step, state, remembered)
+    keep = set()
+    for kept in (remembered, earlier):
+        if kept is not None:
+            keep |= {kept["step"]} | ({kept["best"]["step"]} if kept["best"] else set())
+    checkpoint.prune(out / CHECKPOINTS, keep)
+
+
+def append(out: Path, row: Mapping[str, Any]) -> None:
+    """Append a row to the run's metrics.
+
+    Raises:
+      OSError: it cannot be written; the message says what is safe.
+    """
+    try:
+        append_row(out / METRICS, row)
+    except OSError as error:
+        step = last_step(out)
+        kept = (
+            "No checkpoint was written yet"
+            if step is None
+            else (f"The checkpoint of step {step} is intact")
+        )
+        raise OSError(
+            error.errno,
+            f"{out / METRICS} cannot be written ({error.strerror}). {kept}: "
+            "free some space or permit writing, and run the same command again",
+        ) from error
 
 
 def check_settings(
