@@ -28,7 +28,8 @@ class ThreatModel:
     Args:
       norm: the geometry, itself a pytree.
       epsilon: scalar or `[B]`, in input units (L0: a number of coordinates).
-      lower, upper: the input box, scalars or arrays of the shape of one example.
+      lower, upper: the input box, scalars or arrays that broadcast to one example
+        (`[C]`: a box per channel).
     """
 
     norm: Norm
@@ -85,7 +86,7 @@ def linf(epsilon: Any, lower: Any = 0.0, upper: Any = 1.0) -> ThreatModel:
 
     Args:
       epsilon: number, `[B]` array or text such as "8/255", in input units.
-      lower, upper: the input box, scalars or arrays of the shape of one example.
+      lower, upper: the input box, scalars or arrays that broadcast to one example.
 
     Raises:
       ValueError: epsilon negative or NaN, or lower not below upper.
@@ -163,6 +164,23 @@ def standard_threat(dataset: str, norm: str) -> ThreatModel:
     return threat(norm, STANDARD[pair])
 
 
+def _float32(x: Array) -> Array:
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _box(threat: ThreatModel, x: Array) -> tuple[Array, Array]:
+    """The box in the shape of one example; a box per channel is broadcast."""
+    lower, upper = jnp.asarray(threat.lower), jnp.asarray(threat.upper)
+    return jnp.broadcast_to(lower, x.shape), jnp.broadcast_to(upper, x.shape)
+
+
+def _room(threat: ThreatModel, x: Array) -> tuple[Array, Array]:
+    """How far one example may move down (<= 0) and up (>= 0)."""
+    lower, upper = _box(threat, x)
+    return jnp.minimum(lower - x, 0), jnp.maximum(upper - x, 0)
+
+
 def _per_example(threat: ThreatModel, call: Any, *batched: Array) -> Array:
     """`call(epsilon, *rows)` for every row; epsilon is shared or one per row."""
     axis = 0 if jnp.ndim(threat.epsilon) else None
@@ -191,9 +209,7 @@ def project(threat: ThreatModel, x: Array, delta: Array) -> Array:
     """
 
     def one(epsilon, x, delta):
-        low = jnp.minimum(threat.lower - x, 0)
-        high = jnp.maximum(threat.upper - x, 0)
-        return threat.norm.project_box(delta, epsilon, low, high)
+        return threat.norm.project_box(delta, epsilon, *_room(threat, x))
 
     return _per_example(threat, one, _float32(x), delta)
 
@@ -205,9 +221,7 @@ def project_sequential(threat: ThreatModel, x: Array, delta: Array) -> Array:
     """
 
     def one(epsilon, x, delta):
-        low = jnp.minimum(threat.lower - x, 0)
-        high = jnp.maximum(threat.upper - x, 0)
-        return jnp.clip(threat.norm.project(delta, epsilon), low, high)
+        return jnp.clip(threat.norm.project(delta, epsilon), *_room(threat, x))
 
     return _per_example(threat, one, _float32(x), delta)
 
@@ -220,7 +234,7 @@ def apply(threat: ThreatModel, x: Array, delta: Array) -> Array:
     """
 
     def one(x, delta):
-        return jnp.clip(x + delta, threat.lower, threat.upper)
+        return jnp.clip(x + delta, *_box(threat, x))
 
     return jax.vmap(one)(_float32(x), delta)
 
@@ -244,7 +258,8 @@ def random_start(threat: ThreatModel, keys: Key, x: Array) -> Array:
     """
 
     def one(epsilon, key, x):
-        reach = threat.norm.size(jnp.maximum(x - threat.lower, threat.upper - x))
+        low, high = _room(threat, x)
+        reach = threat.norm.size(jnp.maximum(-low, high))
         budget = jnp.where(jnp.isinf(epsilon), reach, epsilon)
         return threat.norm.sample(key, budget, x.shape, x.dtype)
 
@@ -264,7 +279,8 @@ def is_feasible(
     def one(epsilon, x, x_adv):
         slack = tolerance * jnp.maximum(1, epsilon)
         inside = threat.norm.size(x_adv - x) <= epsilon + slack
-        in_box = jnp.all((x_adv >= threat.lower) & (x_adv <= threat.upper))
+        lower, upper = _box(threat, x)
+        in_box = jnp.all((x_adv >= lower) & (x_adv <= upper))
         return inside & in_box
 
     return _per_example(threat, one, _float32(x), x_adv)
@@ -322,8 +338,3 @@ def unstack(stacked: ThreatModel) -> list[ThreatModel]:
         )
         for n, i in enumerate(np.asarray(norm.index))
     ]
-
-
-def _float32(x: Array) -> Array:
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
