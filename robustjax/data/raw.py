@@ -3,6 +3,7 @@
 Only `prepare` needs them. IDX and npz files are read by `formats`.
 """
 
+import codecs
 import io
 import pickle
 import tarfile
@@ -21,6 +22,9 @@ _CIFAR_FILES = {
     "cifar10": ((*_CIFAR_TRAIN, "data_batch_5"), ("test_batch",)),
     "cifar100": (("train",), ("test",)),
 }
+
+# What a truncated or damaged file makes its reader raise.
+_BROKEN = (EOFError, OSError, zlib.error)
 
 
 def read_files(name: str, files: list[Path]) -> formats.Arrays:
@@ -133,17 +137,14 @@ class _ArraysOnly(pickle.Unpickler):
     """Unpickles NumPy arrays and nothing else: a pickle can run any code."""
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        allowed = {"_reconstruct", "ndarray", "dtype", "scalar"}
-        module = module_name.replace("numpy._core.", "numpy.core.")
-        if module == "_codecs" and global_name == "encode":
-            import _codecs
-
-            return _codecs.encode
-        if module in ("numpy", "numpy.core.multiarray") and global_name in allowed:
-            if module == "numpy":
-                return getattr(np, global_name)
-            # Where NumPy 2 keeps what NumPy 1 wrote into the published files.
-            return getattr(np._core.multiarray, global_name)
+        # What an array refers to; NumPy has moved `_reconstruct`, so ask an array.
+        name = (module_name.replace("numpy._core.", "numpy.core."), global_name)
+        if name == ("numpy.core.multiarray", "_reconstruct"):
+            return np.zeros(0).__reduce__()[0]
+        if name in (("numpy", "ndarray"), ("numpy", "dtype")):
+            return getattr(np, global_name)
+        if name == ("_codecs", "encode"):
+            return codecs.encode
         raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
 
 
@@ -161,7 +162,7 @@ def _untar(path: Path) -> dict[str, bytes]:
                 content = archive.extractfile(member) if member.isfile() else None
                 if content is not None:
                     members[PurePosixPath(member.name).name] = content.read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except (tarfile.TarError, *_BROKEN) as error:
         raise ValueError(
             f"{path} cannot be unpacked ({error}): it is truncated or no tar archive. "
             "Download it again."
@@ -172,6 +173,7 @@ def _untar(path: Path) -> dict[str, bytes]:
 def _read_svhn(mats: Mapping[str, Path]) -> formats.Arrays:
     try:
         from scipy.io import loadmat
+        from scipy.io.matlab import MatReadError
     except ImportError as error:
         raise ImportError("SVHN's .mat files need SciPy: pip install scipy.") from error
     arrays = []
@@ -183,14 +185,7 @@ def _read_svhn(mats: Mapping[str, Path]) -> formats.Arrays:
         try:
             content = loadmat(str(mats[name]))
             x, y = content["X"], content["y"]
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            OSError,
-            EOFError,
-            zlib.error,
-        ) as error:
+        except (MatReadError, KeyError, TypeError, ValueError, *_BROKEN) as error:
             raise ValueError(
                 f"{mats[name]} cannot be read as SVHN ({error}): it is truncated or "
                 "another file. Download it again."

@@ -90,10 +90,11 @@ def test_cutout_blanks_one_square_cut_off_at_the_border():
     np.testing.assert_array_equal(np.asarray(filled)[..., 0] == 9, gone)
 
 
-def test_cutmix_shares_are_those_of_the_pixels():
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_cutmix_shares_are_those_of_the_pixels(alpha):
     x = np.arange(64, dtype=np.uint8).reshape(64, 1, 1, 1).repeat(8, 1).repeat(8, 2)
     y = jnp.arange(64, dtype=jnp.int32)
-    mixed = jax.jit(cutmix)(KEY, x, y, y)
+    mixed = jax.jit(partial(cutmix, alpha=alpha))(KEY, x, y, y)
     own = np.asarray(mixed.x)[..., 0] == np.arange(64).reshape(-1, 1, 1)
     other = np.asarray(mixed.x)[..., 0] == np.roll(np.arange(64), -1).reshape(-1, 1, 1)
     assert (own ^ other).all()
