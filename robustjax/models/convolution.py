@@ -9,27 +9,21 @@ and flips are written out and kept apart by optimization barriers.
 
 import functools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from robustjax.models.forms import (
+    DIMENSIONS,
+    Geometry,
+    convolve,
+    kernel_gradient,
+)
 from robustjax.types import Array
 
 Convolution = Literal["auto", "plain", "canonical"]
-Pads = tuple[tuple[int, int], tuple[int, int]]
-DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-
-
-class Geometry(NamedTuple):
-    """Everything static about a two-dimensional convolution."""
-
-    strides: tuple[int, int] = (1, 1)
-    padding: Pads = ((0, 0), (0, 0))
-    lhs_dilation: tuple[int, int] = (1, 1)
-    rhs_dilation: tuple[int, int] = (1, 1)
-    precision: lax.Precision | tuple[lax.Precision, lax.Precision] | None = None
 
 
 def is_canonical(convolution: Convolution) -> bool:
@@ -41,6 +35,9 @@ def is_canonical(convolution: Convolution) -> bool:
 
     Raises:
         ValueError: on any other word.
+
+    >>> is_canonical("plain")
+    False
     """
     if convolution == "auto":
         return jax.default_backend() == "cpu"
@@ -108,17 +105,13 @@ def canonical_convolution(x: Array, kernel: Array, geometry: Geometry) -> Array:
 
     Returns:
         `[B, H', W', O]`.
+
+    >>> import jax.numpy as jnp
+    >>> kernel = jnp.ones((3, 3, 2, 5))
+    >>> canonical_convolution(jnp.ones((1, 4, 4, 2)), kernel, Geometry()).shape
+    (1, 2, 2, 5)
     """
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        geometry.strides,
-        geometry.padding,
-        geometry.lhs_dilation,
-        geometry.rhs_dilation,
-        DIMENSIONS,
-        precision=geometry.precision,
-    )
+    return convolve(x, kernel, geometry)
 
 
 def _forward(x: Array, kernel: Array, geometry: Geometry):
@@ -127,8 +120,9 @@ def _forward(x: Array, kernel: Array, geometry: Geometry):
 
 def _backward(geometry: Geometry, residuals: tuple[Array, Array], g: Array):
     x, kernel = residuals
-    return _input_gradient(x, kernel, g, geometry), _kernel_gradient(
-        x, kernel, g, geometry
+    return (
+        _input_gradient(x, kernel, g, geometry),
+        _kernel_gradient(geometry, kernel.shape, x, g),
     )
 
 
@@ -157,21 +151,42 @@ def _input_gradient(x: Array, kernel: Array, g: Array, geometry: Geometry) -> Ar
     return canonical_convolution(g, flipped, backward)
 
 
-def _kernel_gradient(x: Array, kernel: Array, g: Array, geometry: Geometry) -> Array:
-    """Inputs against cotangents, with the batch as the contracted channel."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _kernel_gradient(
+    geometry: Geometry, kernel_shape: tuple[int, ...], x: Array, g: Array
+) -> Array:
+    """Inputs against cotangents; bilinear, so both its derivatives are convolutions."""
+    gradient = kernel_gradient(x, g, kernel_shape, geometry)
+    if gradient is not None:
+        return gradient
     strides, padding, lhs_dilation, rhs_dilation, precision = geometry
     pads = []
     for axis in range(2):
         low = padding[axis][0]
         dilated = _dilated(g.shape[1 + axis], strides[axis])
         size = _dilated(x.shape[1 + axis], lhs_dilation[axis])
-        window = _dilated(kernel.shape[axis], rhs_dilation[axis])
+        window = _dilated(kernel_shape[axis], rhs_dilation[axis])
         pads.append((low, dilated - size + window - low - 1))
+    # The batch becomes the contracted channel.
     lhs, rhs = lax.optimization_barrier(
         (jnp.transpose(x, (3, 1, 2, 0)), jnp.transpose(g, (1, 2, 0, 3)))
     )
     backward = Geometry(
         rhs_dilation, (pads[0], pads[1]), lhs_dilation, strides, precision
     )
-    out = lax.optimization_barrier(canonical_convolution(lhs, rhs, backward))
+    out = lax.optimization_barrier(convolve(lhs, rhs, backward))
     return jnp.transpose(out, (1, 2, 0, 3))
+
+
+def _kernel_gradient_forward(geometry, kernel_shape, x, g):
+    return _kernel_gradient(geometry, kernel_shape, x, g), (x, g)
+
+
+def _kernel_gradient_backward(geometry, kernel_shape, residuals, h):
+    # `<h, kernel_gradient(x, g)> = <g, convolution(x, h)>`
+    del kernel_shape
+    x, g = residuals
+    return _input_gradient(x, h, g, geometry), canonical_convolution(x, h, geometry)
+
+
+_kernel_gradient.defvjp(_kernel_gradient_forward, _kernel_gradient_backward)

@@ -1,0 +1,188 @@
+"""The canonical convolution against XLA's own: values and every derivative."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+from robustjax.models.convolution import (
+    canonical_convolution,
+    conv2d,
+    is_canonical,
+)
+from robustjax.models.forms import DIMENSIONS, Geometry, direct
+
+
+def close(actual, expected, tolerance=2e-5):
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    scale = max(1.0, float(np.abs(expected).max(initial=0.0)))
+    np.testing.assert_allclose(actual, expected, atol=tolerance * scale, rtol=0)
+
+
+def derivatives(function, x, kernel, cotangent):
+    """Value, both gradients, and both gradients of the gradients' squared norm."""
+
+    def score(x, kernel):
+        return jnp.sum(cotangent * jnp.sin(function(x, kernel)))
+
+    def penalty(x, kernel):
+        dx, dk = jax.grad(score, (0, 1))(x, kernel)
+        return jnp.sum(jnp.square(dx)) + jnp.sum(jnp.tanh(dk))
+
+    def all_of_them(x, kernel):
+        return (
+            function(x, kernel),
+            jax.grad(score, (0, 1))(x, kernel),
+            jax.grad(penalty, (0, 1))(x, kernel),
+        )
+
+    return jax.jit(all_of_them)(x, kernel)
+
+
+def compare(x_shape, kernel_shape, geometry):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], x_shape)
+    kernel = 0.3 * jax.random.normal(keys[1], kernel_shape)
+    out = jax.eval_shape(lambda x, k: direct(x, k, geometry), x, kernel)
+    cotangent = jax.random.normal(keys[2], out.shape)
+    ours = derivatives(
+        lambda x, k: canonical_convolution(x, k, geometry), x, kernel, cotangent
+    )
+    plain = derivatives(lambda x, k: direct(x, k, geometry), x, kernel, cotangent)
+    jax.tree.map(close, ours, plain)
+
+
+# One row per form and edge: every branch of forms.convolve and forms.kernel_gradient.
+CASES = {
+    "direct": ((2, 6, 6, 5), (3, 3, 5, 18), Geometry((1, 1), ((1, 1), (1, 1)))),
+    "in pairs": ((2, 6, 6, 5), (3, 3, 5, 7), Geometry((1, 1), ((1, 1), (1, 1)))),
+    "in pairs, odd": ((2, 6, 5, 5), (3, 3, 5, 7), Geometry((1, 1), ((1, 1), (1, 1)))),
+    "by taps": ((2, 6, 7, 8), (3, 5, 8, 2), Geometry((1, 1), ((1, 0), (2, 1)))),
+    "few inputs": ((2, 7, 6, 1), (5, 5, 1, 9), Geometry((1, 1), ((2, 2), (2, 2)))),
+    "few inputs, stride": (
+        (2, 8, 9, 3),
+        (3, 3, 3, 9),
+        Geometry((2, 2), ((1, 1), (1, 1))),
+    ),
+    "stride 2": ((2, 8, 8, 6), (3, 3, 6, 10), Geometry((2, 2), ((1, 1), (1, 1)))),
+    "stride 2, odd": ((2, 7, 9, 6), (3, 3, 6, 10), Geometry((2, 2), ((0, 1), (1, 0)))),
+    "stride 3, kernel 2": ((2, 10, 8, 6), (2, 2, 6, 5), Geometry((3, 3))),
+    "strides differ": ((2, 8, 8, 6), (4, 3, 6, 5), Geometry((2, 1), ((1, 2), (1, 1)))),
+    "1 x 1": ((2, 5, 5, 6), (1, 1, 6, 9), Geometry()),
+    "1 x 1, stride 2": ((2, 5, 6, 6), (1, 1, 6, 9), Geometry((2, 2))),
+    "1 x 1, padded": ((2, 5, 5, 6), (1, 1, 6, 9), Geometry((2, 2), ((1, 0), (2, 1)))),
+    "large kernel": ((2, 12, 12, 5), (9, 9, 5, 4), Geometry((1, 1), ((4, 4), (4, 4)))),
+    "dilated kernel": (
+        (2, 9, 9, 6),
+        (3, 3, 6, 5),
+        Geometry((1, 1), ((2, 2), (2, 2)), rhs_dilation=(2, 2)),
+    ),
+    "dilated input": (
+        (2, 4, 4, 6),
+        (3, 3, 6, 5),
+        Geometry((1, 1), ((1, 2), (1, 2)), lhs_dilation=(2, 2)),
+    ),
+    "everything": (
+        (2, 6, 6, 6),
+        (3, 2, 6, 5),
+        Geometry((2, 1), ((2, 2), (1, 2)), (2, 3), (1, 2)),
+    ),
+    "wide padding": ((2, 4, 4, 6), (3, 3, 6, 5), Geometry((2, 2), ((4, 5), (3, 4)))),
+    "batch of one": ((1, 4, 4, 6), (3, 3, 6, 16), Geometry((1, 1), ((1, 1), (1, 1)))),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_values_gradients_and_double_backward(case):
+    compare(*case)
+
+
+@settings(max_examples=15)
+@given(data=st.data())
+def test_any_geometry_agrees_with_the_ordinary_convolution(data):
+    def pair(low, high):
+        return data.draw(st.tuples(st.integers(low, high), st.integers(low, high)))
+
+    window = pair(1, 4)
+    size = (window[0] + pair(0, 5)[0], window[1] + pair(0, 5)[1])
+    channels = data.draw(st.sampled_from((1, 3, 6)))
+    features = data.draw(st.sampled_from((1, 3, 6, 17)))
+    geometry = Geometry(pair(1, 3), (pair(0, 2), pair(0, 2)))
+    compare((2, *size, channels), (*window, channels, features), geometry)
+
+
+@pytest.mark.parametrize("padding", ("SAME", "VALID", ((1, 2), (0, 1))))
+@pytest.mark.parametrize("strides", ((1, 1), (2, 2)))
+def test_conv2d_pads_as_lax_does(padding, strides):
+    x = jax.random.normal(jax.random.key(0), (2, 7, 8, 5))
+    kernel = jax.random.normal(jax.random.key(1), (3, 2, 5, 6))
+    expected = lax.conv_general_dilated(
+        x, kernel, strides, padding, dimension_numbers=DIMENSIONS
+    )
+    for word in ("plain", "canonical"):
+        close(conv2d(x, kernel, strides, padding, convolution=word), expected)
+
+
+@pytest.mark.parametrize("name", ("in pairs", "by taps", "stride 2", "1 x 1, stride 2"))
+def test_under_vmap_over_inputs_and_over_kernels(name):
+    x_shape, kernel_shape, geometry = CASES[name]
+    x = jax.random.normal(jax.random.key(0), (3, *x_shape))
+    kernel = jax.random.normal(jax.random.key(1), (3, *kernel_shape))
+
+    def gradient(function):
+        return jax.grad(lambda x, k: jnp.sum(jnp.sin(function(x, k))), (0, 1))
+
+    ours = gradient(lambda x, k: canonical_convolution(x, k, geometry))
+    plain = gradient(lambda x, k: direct(x, k, geometry))
+    for axes in ((0, None), (0, 0)):
+        k = kernel if axes[1] == 0 else kernel[0]
+        jax.tree.map(close, jax.vmap(ours, axes)(x, k), jax.vmap(plain, axes)(x, k))
+
+
+def test_forward_mode_needs_the_plain_convolution():
+    x, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 3))
+
+    def tangent(word):
+        return jax.jvp(lambda x: conv2d(x, kernel, convolution=word), (x,), (x,))[1]
+
+    close(tangent("plain"), conv2d(x, kernel, convolution="plain"))
+    with pytest.raises(TypeError, match="forward-mode"):
+        tangent("canonical")
+
+
+def test_bfloat16_is_computed_directly():
+    x = jnp.ones((1, 4, 4, 8), jnp.bfloat16)
+    kernel = jnp.ones((3, 3, 8, 2), jnp.bfloat16)
+    gradient = jax.grad(
+        lambda x: jnp.sum(conv2d(x, kernel, convolution="canonical")).astype("float32")
+    )(x)
+    assert gradient.dtype == jnp.bfloat16 and gradient[0, 1, 1, 0] == 18
+
+
+def test_every_convolution_in_the_double_backward_is_canonical():
+    x, kernel = jnp.ones((2, 8, 8, 6)), jnp.ones((3, 3, 6, 20))
+    geometry = Geometry((1, 1), ((1, 1), (1, 1)))
+
+    def score(x, k):
+        return jnp.sum(jnp.sin(canonical_convolution(x, k, geometry)))
+
+    def penalty(x, k):
+        return jnp.sum(jnp.square(jax.grad(score)(x, k)))
+
+    text = str(jax.make_jaxpr(jax.grad(penalty, (0, 1)))(x, kernel))
+    numbers = [part.split("\n")[0] for part in text.split("dimension_numbers=")[1:]]
+    specs = [line for line in numbers if "ConvDimensionNumbers" in line]
+    assert len(specs) >= 4
+    for line in specs:
+        assert "lhs_spec=(0, 3, 1, 2)" in line and "rhs_spec=(3, 2, 0, 1)" in line
+        assert "out_spec=(0, 3, 1, 2)" in line
+
+
+def test_the_word_is_checked():
+    assert is_canonical("canonical") and not is_canonical("plain")
+    with pytest.raises(ValueError, match="convolution='fast'"):
+        is_canonical("fast")
