@@ -16,30 +16,55 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from robustjax.types import Array, Key
 
+Shape = tuple[int, ...]
+
 
 class Norm(Protocol):
-    """What every norm can do, for one example of any shape."""
+    """What every norm can do, for ONE example of any shape.
 
-    def size(self, delta: Array) -> Array: ...
+    Args:
+      delta: a perturbation; a gradient `grad` has the same shape.
+      epsilon: scalar budget >= 0, in input units (L0: a number of coordinates).
+      low, high: how far each coordinate may move, `low <= 0 <= high`; scalars or
+        arrays of delta's shape.
+      density: the fraction of coordinates that a sparse move changes.
+    """
 
-    def project(self, delta: Array, epsilon: Array) -> Array: ...
+    def size(self, delta: Array) -> Array:
+        """The norm of delta, a scalar."""
+        ...
+
+    def project(self, delta: Array, epsilon: ArrayLike) -> Array:
+        """The nearest point, `argmin ||d - delta||_2` with `size(d) <= epsilon`."""
+        ...
 
     def project_box(
-        self, delta: Array, epsilon: Array, low: Array, high: Array
-    ) -> Array: ...
+        self, delta: Array, epsilon: ArrayLike, low: ArrayLike, high: ArrayLike
+    ) -> Array:
+        """The nearest point of ball and box at once, `low <= d <= high`."""
+        ...
 
-    def steepest(self, grad: Array) -> Array: ...
+    def steepest(self, grad: Array) -> Array:
+        """The move of the unit ball with `<grad, steepest(grad)> = dual(grad)`."""
+        ...
 
-    def sparse_steepest(self, grad: Array, density: Array) -> Array: ...
+    def sparse_steepest(self, grad: Array, density: ArrayLike) -> Array:
+        """L1, L0: a unit move along the top coordinates; Linf, L2: `steepest`."""
+        ...
 
-    def dual(self, grad: Array) -> Array: ...
+    def dual(self, grad: Array) -> Array:
+        """How much the linear function `grad` can gain in the unit ball, a scalar."""
+        ...
 
     def sample(
-        self, key: Key, epsilon: Array, shape: tuple[int, ...], dtype: Any = ...
-    ) -> Array: ...
+        self, key: Key, epsilon: ArrayLike, shape: Shape, dtype: Any = jnp.float32
+    ) -> Array:
+        """A point of the ball, uniformly distributed."""
+        ...
 
 
 def _register(cls):
@@ -126,7 +151,7 @@ def _first_largest(value: Array) -> Array:
     return (position == first).reshape(value.shape)
 
 
-def _density_count(density: Any, size: int) -> Array:
+def _density_count(density: ArrayLike, size: int) -> Array:
     count = jnp.round(jnp.asarray(density, jnp.float32) * size)
     return jnp.clip(count, 1, size).astype(jnp.int32)
 
@@ -195,36 +220,36 @@ def _l1_nearest(delta: Array, epsilon: Array, low: Array, high: Array) -> Array:
 @_register
 @dataclasses.dataclass(frozen=True)
 class Linf:
-    """`max |delta|`."""
+    """`max |delta|`; dual `sum |grad|`, steepest `sign(grad)`.
+
+    >>> print(Linf().project_box(jnp.array([3.0, -2.0]), 1.0, -0.5, 2.0))
+    [ 1.  -0.5]
+    """
 
     def size(self, delta: Array) -> Array:
         return jnp.max(jnp.abs(_float(delta)), initial=0)
 
-    def project(self, delta: Array, epsilon: Array) -> Array:
+    def project(self, delta: Array, epsilon: ArrayLike) -> Array:
         delta = _float(delta)
         epsilon = jnp.asarray(epsilon, delta.dtype)
         return jnp.clip(delta, -epsilon, epsilon)
 
     def project_box(
-        self, delta: Array, epsilon: Array, low: Array, high: Array
+        self, delta: Array, epsilon: ArrayLike, low: ArrayLike, high: ArrayLike
     ) -> Array:
         return jnp.clip(self.project(delta, epsilon), low, high)
 
     def steepest(self, grad: Array) -> Array:
         return jnp.sign(_float(grad))
 
-    def sparse_steepest(self, grad: Array, density: Array) -> Array:
+    def sparse_steepest(self, grad: Array, density: ArrayLike) -> Array:
         return self.steepest(grad)
 
     def dual(self, grad: Array) -> Array:
         return jnp.sum(jnp.abs(_float(grad)))
 
     def sample(
-        self,
-        key: Key,
-        epsilon: Array,
-        shape: tuple[int, ...],
-        dtype: Any = jnp.float32,
+        self, key: Key, epsilon: ArrayLike, shape: Shape, dtype: Any = jnp.float32
     ) -> Array:
         dtype = jnp.promote_types(dtype, jnp.float32)
         epsilon = jnp.asarray(epsilon, dtype)
@@ -234,12 +259,21 @@ class Linf:
 @_register
 @dataclasses.dataclass(frozen=True)
 class L2:
-    """`sqrt(sum delta^2)`."""
+    """`sqrt(sum delta^2)`, its own dual; steepest `grad / ||grad||`.
+
+    With the box the nearest point is `clip(t * delta, low, high)`: its size grows
+    with t, and the largest t <= 1 inside the ball is found to the last bit.
+
+    >>> print(L2().project(jnp.array([3.0, 4.0]), 1.0))
+    [0.6 0.8]
+    >>> print(L2().project_box(jnp.array([3.0, 4.0]), 1.0, -1.0, 0.6))
+    [0.6 0.6]
+    """
 
     def size(self, delta: Array) -> Array:
         return _euclidean(_float(delta))
 
-    def project(self, delta: Array, epsilon: Array) -> Array:
+    def project(self, delta: Array, epsilon: ArrayLike) -> Array:
         delta = _float(delta)
         epsilon = jnp.asarray(epsilon, delta.dtype)
         unit, largest = _unit_max(delta)
@@ -249,7 +283,7 @@ class L2:
         return jnp.where(inside, delta, scaled)
 
     def project_box(
-        self, delta: Array, epsilon: Array, low: Array, high: Array
+        self, delta: Array, epsilon: ArrayLike, low: ArrayLike, high: ArrayLike
     ) -> Array:
         return _flat(_l2_nearest, delta, epsilon, low, high)
 
@@ -258,18 +292,14 @@ class L2:
         length = jnp.sqrt(jnp.sum(jnp.square(unit)))
         return unit / jnp.where(length > 0, length, 1)
 
-    def sparse_steepest(self, grad: Array, density: Array) -> Array:
+    def sparse_steepest(self, grad: Array, density: ArrayLike) -> Array:
         return self.steepest(grad)
 
     def dual(self, grad: Array) -> Array:
         return _euclidean(_float(grad))
 
     def sample(
-        self,
-        key: Key,
-        epsilon: Array,
-        shape: tuple[int, ...],
-        dtype: Any = jnp.float32,
+        self, key: Key, epsilon: ArrayLike, shape: Shape, dtype: Any = jnp.float32
     ) -> Array:
         dtype = jnp.promote_types(dtype, jnp.float32)
         key_direction, key_radius = jax.random.split(key)
@@ -281,16 +311,31 @@ class L2:
 @_register
 @dataclasses.dataclass(frozen=True)
 class L1:
-    """`sum |delta|`."""
+    """`sum |delta|`; dual `max |grad|`, steepest one signed coordinate.
+
+    The nearest point is `sign(delta) * clip(|delta| - tau, 0, cap)`, cap being the box
+    in the direction of delta and tau >= 0 the least with a sum <= epsilon.
+    `sparse_steepest` shares a unit of l1 norm equally among the top coordinates.
+
+    Reference: Croce & Hein, "Mind the box", arXiv 2103.01208.
+    Differs from the authors' code: bisection to the last bit instead of sorting.
+
+    >>> print(L1().project(jnp.array([2.0, -1.5, 0.25]), 1.0))
+    [ 0.75 -0.25  0.  ]
+    >>> print(L1().project_box(jnp.array([2.0, -1.5, 0.25]), 1.0, -1.0, 0.5).round(3))
+    [ 0.5 -0.5  0. ]
+    >>> print(L1().sparse_steepest(jnp.array([2.0, -1.5, 0.25]), 2 / 3))
+    [ 0.5 -0.5  0. ]
+    """
 
     def size(self, delta: Array) -> Array:
         return jnp.sum(jnp.abs(_float(delta)))
 
-    def project(self, delta: Array, epsilon: Array) -> Array:
+    def project(self, delta: Array, epsilon: ArrayLike) -> Array:
         return _flat(_l1_nearest, delta, epsilon, -jnp.inf, jnp.inf)
 
     def project_box(
-        self, delta: Array, epsilon: Array, low: Array, high: Array
+        self, delta: Array, epsilon: ArrayLike, low: ArrayLike, high: ArrayLike
     ) -> Array:
         return _flat(_l1_nearest, delta, epsilon, low, high)
 
@@ -298,7 +343,7 @@ class L1:
         grad = _float(grad)
         return jnp.where(_first_largest(grad), jnp.sign(grad), 0)
 
-    def sparse_steepest(self, grad: Array, density: Array) -> Array:
+    def sparse_steepest(self, grad: Array, density: ArrayLike) -> Array:
         grad = _float(grad)
         kept = _top(_bits(grad), _density_count(density, grad.size))
         signs = jnp.where(kept, jnp.sign(grad), 0)
@@ -308,11 +353,7 @@ class L1:
         return jnp.max(jnp.abs(_float(grad)), initial=0)
 
     def sample(
-        self,
-        key: Key,
-        epsilon: Array,
-        shape: tuple[int, ...],
-        dtype: Any = jnp.float32,
+        self, key: Key, epsilon: ArrayLike, shape: Shape, dtype: Any = jnp.float32
     ) -> Array:
         dtype = jnp.promote_types(dtype, jnp.float32)
         key_direction, key_radius = jax.random.split(key)
@@ -329,20 +370,27 @@ class L0:
     """How many coordinates are not zero, as a float.
 
     The unit ball is meant together with `max |delta| <= 1`, so that `steepest` and
-    `dual` are finite; projections bound the count only (and the box).
+    `dual` are finite; projections bound the count only (and the box). A fractional
+    epsilon is rounded down. With the box the coordinates that stay are those that save
+    most, `delta^2 - (delta - clip(delta))^2`. Ties go to the first coordinate.
+
+    >>> print(L0().project(jnp.array([2.0, -1.5, 0.25]), 1.0))
+    [2. 0. 0.]
+    >>> print(L0().project_box(jnp.array([2.0, -1.5, 0.25]), 1.0, -1.0, 0.1))
+    [ 0. -1.  0.]
     """
 
     def size(self, delta: Array) -> Array:
         delta = _float(delta)
         return jnp.sum((delta != 0).astype(delta.dtype))
 
-    def project(self, delta: Array, epsilon: Array) -> Array:
+    def project(self, delta: Array, epsilon: ArrayLike) -> Array:
         delta = _float(delta)
         epsilon = jnp.asarray(epsilon, delta.dtype)
         return jnp.where(_top(_bits(delta), _whole(epsilon, delta.size)), delta, 0)
 
     def project_box(
-        self, delta: Array, epsilon: Array, low: Array, high: Array
+        self, delta: Array, epsilon: ArrayLike, low: ArrayLike, high: ArrayLike
     ) -> Array:
         delta = _float(delta)
         epsilon = jnp.asarray(epsilon, delta.dtype)
@@ -358,7 +406,7 @@ class L0:
         grad = _float(grad)
         return jnp.where(_first_largest(grad), jnp.sign(grad), 0)
 
-    def sparse_steepest(self, grad: Array, density: Array) -> Array:
+    def sparse_steepest(self, grad: Array, density: ArrayLike) -> Array:
         grad = _float(grad)
         kept = _top(_bits(grad), _density_count(density, grad.size))
         unit, _ = _unit_max(grad)
@@ -368,11 +416,7 @@ class L0:
         return jnp.max(jnp.abs(_float(grad)), initial=0)
 
     def sample(
-        self,
-        key: Key,
-        epsilon: Array,
-        shape: tuple[int, ...],
-        dtype: Any = jnp.float32,
+        self, key: Key, epsilon: ArrayLike, shape: Shape, dtype: Any = jnp.float32
     ) -> Array:
         dtype = jnp.promote_types(dtype, jnp.float32)
         key_place, key_value = jax.random.split(key)
@@ -410,28 +454,24 @@ class AnyOf:
     def size(self, delta: Array) -> Array:
         return self._switch(lambda m, d: m.size(d), delta)
 
-    def project(self, delta: Array, epsilon: Array) -> Array:
+    def project(self, delta: Array, epsilon: ArrayLike) -> Array:
         return self._switch(lambda m, *a: m.project(*a), delta, epsilon)
 
     def project_box(
-        self, delta: Array, epsilon: Array, low: Array, high: Array
+        self, delta: Array, epsilon: ArrayLike, low: ArrayLike, high: ArrayLike
     ) -> Array:
         return self._switch(lambda m, *a: m.project_box(*a), delta, epsilon, low, high)
 
     def steepest(self, grad: Array) -> Array:
         return self._switch(lambda m, g: m.steepest(g), grad)
 
-    def sparse_steepest(self, grad: Array, density: Array) -> Array:
+    def sparse_steepest(self, grad: Array, density: ArrayLike) -> Array:
         return self._switch(lambda m, *a: m.sparse_steepest(*a), grad, density)
 
     def dual(self, grad: Array) -> Array:
         return self._switch(lambda m, g: m.dual(g), grad)
 
     def sample(
-        self,
-        key: Key,
-        epsilon: Array,
-        shape: tuple[int, ...],
-        dtype: Any = jnp.float32,
+        self, key: Key, epsilon: ArrayLike, shape: Shape, dtype: Any = jnp.float32
     ) -> Array:
         return self._switch(lambda m, *a: m.sample(*a, shape, dtype), key, epsilon)

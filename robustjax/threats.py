@@ -41,8 +41,8 @@ class ThreatModel:
 NORMS = {"linf": Linf(), "l2": L2(), "l1": L1(), "l0": L0()}
 
 
-def _number(name: str, value: Any) -> Any:
-    """A float32 array from a number, an array or text such as "8/255"."""
+def _known(name: str, value: Any) -> np.ndarray | None:
+    """The value as float32 from a number, an array or "8/255"; None for a tracer."""
     if isinstance(value, str):
         top, _, bottom = value.partition("/")
         try:
@@ -51,34 +51,39 @@ def _number(name: str, value: Any) -> Any:
             raise ValueError(
                 f'{name}={value!r} is not a number; write it like 0.03 or "8/255"'
             ) from None
-    return jnp.asarray(value, jnp.float32)
-
-
-def _concrete(*values: Any) -> bool:
-    return not any(isinstance(value, jax.core.Tracer) for value in values)
+    try:
+        return np.asarray(value, np.float32)
+    except jax.errors.TracerArrayConversionError:
+        return None
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name}={value!r} is not a number or an array of numbers"
+        ) from None
 
 
 def _build(norm: Norm, epsilon: Any, lower: Any, upper: Any) -> ThreatModel:
-    epsilon = _number("epsilon", epsilon)
-    lower, upper = _number("lower", lower), _number("upper", upper)
-    if epsilon.ndim > 1:
+    budget = _known("epsilon", epsilon)
+    low, high = _known("lower", lower), _known("upper", upper)
+    if jnp.ndim(budget if budget is not None else epsilon) > 1:
         raise ValueError(
-            f"epsilon has shape {epsilon.shape}; give one number, or one per example "
-            "as an array [B]"
+            f"epsilon has shape {np.shape(epsilon)}; give one number, or one per "
+            "example as an array [B]"
         )
-    if _concrete(epsilon) and not bool(np.all(np.asarray(epsilon) >= 0)):
+    if budget is not None and not np.all(budget >= 0):
         raise ValueError(
-            f"epsilon={np.asarray(epsilon)} is negative or NaN; a budget is a number "
-            ">= 0 (0: no perturbation, inf: the box alone)"
+            f"epsilon={epsilon} is negative or NaN; a budget is a number >= 0 "
+            "(0: no perturbation, inf: the box alone)"
         )
-    if _concrete(lower, upper):
-        low, high = np.asarray(lower), np.asarray(upper)
-        if not bool(np.all(low < high)):
-            raise ValueError(
-                f"lower={low} is not below upper={high}; give the model's input box, "
-                "for images in [0, 1]: lower=0.0, upper=1.0"
-            )
-    return ThreatModel(norm, epsilon, lower, upper)
+    if low is not None and high is not None and not np.all(low < high):
+        raise ValueError(
+            f"lower={lower} is not below upper={upper}; give the model's input box, "
+            "for images in [0, 1]: lower=0.0, upper=1.0"
+        )
+
+    def leaf(known: np.ndarray | None, value: Any) -> Array:
+        return jnp.asarray(value if known is None else known, jnp.float32)
+
+    return ThreatModel(norm, leaf(budget, epsilon), leaf(low, lower), leaf(high, upper))
 
 
 def linf(epsilon: Any, lower: Any = 0.0, upper: Any = 1.0) -> ThreatModel:

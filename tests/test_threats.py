@@ -241,6 +241,17 @@ def test_budgets_that_are_no_number(text):
         T.linf(text)
 
 
+@pytest.mark.parametrize("epsilon", [[0.1, "x"], {"Linf": 0.1}], ids=str)
+def test_budgets_of_a_wrong_type(epsilon):
+    with pytest.raises(ValueError, match=r"epsilon=.* is not a number"):
+        T.linf(epsilon)
+
+
+def test_constants_are_checked_under_jit():
+    with pytest.raises(ValueError, match="negative or NaN"):
+        jax.jit(lambda x: T.project(T.linf(-0.1), x, x))(jnp.ones((1, 2)))
+
+
 def test_other_bad_arguments():
     with pytest.raises(ValueError, match="lower=1.0 is not below upper=0.0"):
         T.linf(0.1, 1.0, 0.0)
