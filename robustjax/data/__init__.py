@@ -9,6 +9,7 @@ from robustjax.data.augment import (
     random_crop,
     random_flip,
 )
+from robustjax.data.dataset import Dataset
 from robustjax.data.resident import (
     Resident,
     batch_at,
@@ -21,7 +22,7 @@ from robustjax.data.resident import (
     take,
     to_float,
 )
-from robustjax.data.sources import Dataset, default_data_dir, load
+from robustjax.data.sources import default_data_dir, load
 from robustjax.data.stream import stream
 
 __all__ = [

@@ -49,7 +49,9 @@ def read_npz(path: Path) -> Arrays:
             found = list(archive.files)
             if not missing:
                 stored = [np.asarray(archive[name]) for name in ARRAY_NAMES]
-                scale = archive["max_value"].item() if "max_value" in found else None
+                scale = None
+                if "max_value" in found:
+                    scale = int(np.asarray(archive["max_value"]).item())
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, (FileNotFoundError, PermissionError)):
             raise
@@ -64,7 +66,7 @@ def read_npz(path: Path) -> Arrays:
             f" A data set needs all of {', '.join(ARRAY_NAMES)}: where there is no "
             "test split, cut one from the training images before saving."
         )
-    return Arrays(stored[0], stored[1], stored[2], stored[3], scale)
+    return Arrays(stored[0], stored[1], stored[2], stored[3], max_value=scale)
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -162,7 +164,8 @@ def read_idx_files(files: Mapping[str, Path]) -> Arrays:
             "t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, each with or "
             "without .gz."
         )
-    return Arrays(*(read_idx(files[name]) for name in ARRAY_NAMES))
+    x_train, y_train, x_test, y_test = (read_idx(files[name]) for name in ARRAY_NAMES)
+    return Arrays(x_train, y_train, x_test, y_test)
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -242,98 +245,6 @@ def read_image_folder(folder: Path) -> tuple[Arrays, tuple[str, ...]]:
         x = np.stack([np.asarray(i.convert(mode), np.uint8) for i in images[split]])
         arrays += [x, np.array([label[name] for _, name in files], np.int32)]
     return Arrays(*arrays), names
-
-
-def find_tfds(folder: Path) -> Path | None:
-    """Return the newest version folder of a set that TFDS prepared, or None."""
-    versions = [
-        (tuple(int(part) for part in path.name.split(".")), path)
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if re.fullmatch(r"\d+\.\d+\.\d+", path.name)
-        and (path / "dataset_info.json").is_file()
-    ]
-    return max(versions)[1] if versions else None
-
-
-def read_tfds(folder: Path) -> tuple[Arrays, bool]:
-    """Read a set that TFDS prepared as ArrayRecord, without TensorFlow.
-
-    Args:
-      folder: the version folder, which holds `dataset_info.json`.
-
-    Returns:
-      The arrays of the splits `train` and `test`, and whether they are in the
-      official order: TFDS shuffles what it prepares. `scripts/prepare_data` does not,
-      and where examples have an "id" (CIFAR) the order is restored from it.
-
-    Raises:
-      ImportError: tensorflow-datasets is not installed.
-      ValueError: another file format, or splits or features that are not there.
-    """
-    arrays, ordered = [], True
-    for split in ("train", "test"):
-        source = tfds_source(folder, split)
-        first = source[0]
-        if not isinstance(first, dict) or not {"image", "label"} <= set(first):
-            raise ValueError(
-                f"{folder} has the features {', '.join(first)}; 'image' and 'label' "
-                "are needed. Read it yourself and save an npz instead."
-            )
-        x = np.empty((len(source), *np.shape(first["image"])), np.uint8)
-        y = np.empty(len(source), np.int32)
-        ids = []
-        # In blocks: about three times as fast as one example at a time.
-        for start in range(0, len(source), 1000):
-            rows = list(range(start, min(start + 1000, len(source))))
-            for row, example in zip(rows, source.__getitems__(rows), strict=True):
-                x[row], y[row] = example["image"], example["label"]
-                ids.append(example.get("id", b""))
-        if not source.dataset_info.disable_shuffling:
-            ordered = ordered and len(set(ids)) == len(ids)
-            if len(set(ids)) == len(ids):
-                order = np.argsort(ids)
-                x, y = x[order], y[order]
-        arrays += [x, y]
-    return Arrays(*arrays), ordered
-
-
-def tfds_source(folder: Path, split: str) -> Any:
-    """Open one split of a set prepared by TFDS as a random-access source.
-
-    Args:
-      folder: the version folder, which holds `dataset_info.json`.
-      split: a split of the set, "train" or "test".
-
-    Returns:
-      A source of dicts (`len`, `[i]`), which `stream` reads too.
-
-    Raises:
-      ImportError: tensorflow-datasets is not installed.
-      ValueError: the set has no such split, is empty, or is no ArrayRecord.
-    """
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(
-            f"{folder} was prepared by TensorFlow Datasets; to read it, "
-            'pip install "robustjax[data]" (TensorFlow is not needed).'
-        ) from error
-    builder: Any = tfds.builder_from_directory(folder)
-    if split not in builder.info.splits:
-        raise ValueError(
-            f"{folder} has the splits {', '.join(builder.info.splits) or 'none'}, "
-            f"not {split!r}."
-        )
-    stored_as = builder.info.file_format.value
-    if stored_as != "array_record":
-        raise ValueError(
-            f"{folder} was prepared as {stored_as}, which needs "
-            "TensorFlow to read. Prepare it as ArrayRecord: scripts/prepare_data "
-            f"{folder.parent.name}, or tfds build --file_format=array_record."
-        )
-    if builder.info.splits[split].num_examples == 0:
-        raise ValueError(f"{folder} has no examples in {split!r}. Prepare it again.")
-    return builder.as_data_source(split=split)
 
 
 def _pillow() -> Any:

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from robustjax.data import formats, raw, sources
+from robustjax.data import arrayrecord, raw, sources
+from robustjax.data.dataset import Dataset, check
 
 NAMES = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn_cropped")
 
@@ -62,7 +63,7 @@ def prepare(
         )
     if files:
         arrays = raw.read_files(name, [Path(f).expanduser() for f in files])
-        dataset = sources.check(name, arrays, ", ".join(Path(f).name for f in files))
+        dataset = check(name, arrays, ", ".join(Path(f).name for f in files))
         builder_class = _local_builder(tfds, official, dataset)
     else:
         _require_tensorflow(name)
@@ -91,7 +92,7 @@ def prepare(
     return target
 
 
-def _local_builder(tfds: Any, official: Any, dataset: sources.Dataset) -> Any:
+def _local_builder(tfds: Any, official: Any, dataset: Dataset) -> Any:
     """TFDS's builder of the same name that takes its examples from `dataset`."""
     splits = {
         "train": (dataset.x_train, dataset.y_train),
@@ -120,7 +121,8 @@ def _local_builder(tfds: Any, official: Any, dataset: sources.Dataset) -> Any:
         for row, (x, y) in enumerate(zip(*splits[split], strict=True)):
             example = {"image": _png(x), "label": int(y)}
             if "id" in features:
-                example["id"] = f"{split}_{row:05d}"
+                digits = 6 if dataset.name == "svhn_cropped" else 5  # as TFDS has it
+                example["id"] = f"{split}_{row:0{digits}d}"
             if "coarse_label" in features:
                 example["coarse_label"] = -1  # TFDS's word for "not known"
             yield row, example
@@ -150,13 +152,13 @@ def _png(x: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _check_written(target: Path, dataset: sources.Dataset) -> None:
+def _check_written(target: Path, dataset: Dataset) -> None:
     """Read some examples of each split back and compare them."""
     for split, x, y in (
         ("train", dataset.x_train, dataset.y_train),
         ("test", dataset.x_test, dataset.y_test),
     ):
-        source = formats.tfds_source(target, split)
+        source = arrayrecord.tfds_source(target, split)
         rows = {0, len(x) - 1, *range(0, len(x), max(1, len(x) // 50))}
         same = len(source) == len(x) and all(
             np.array_equal(source[row]["image"], x[row])
@@ -231,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         target = prepare(args.name, args.data_dir, args.files, args.overwrite)
-        dataset_info = formats.tfds_source(target, "train").dataset_info
+        dataset_info = arrayrecord.tfds_source(target, "train").dataset_info
     except (OSError, ValueError, ImportError) as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from robustjax.data import load, stream
-from robustjax.data.formats import tfds_source
+from robustjax.data.arrayrecord import tfds_source
 from robustjax.data.prepare import NAMES, main, prepare
 
 tfds = pytest.importorskip(
@@ -74,41 +74,67 @@ def test_stream_reads_a_prepared_set(tmp_path):
         tfds_source(target, "validation")
 
 
-def test_order_of_a_set_that_tfds_shuffled(tmp_path):
-    """CIFAR's ids give the official order back; without ids `source` says so."""
-    content = arrays((32, 32, 3), 30, 10)
+@pytest.mark.parametrize("name", ["cifar10", "svhn_cropped", "mnist"])
+def test_order_of_a_set_that_tfds_shuffled(tmp_path, name):
+    """Ids give the official order back; without ids (MNIST) `source` says so."""
+    content = arrays((28, 28, 1) if name == "mnist" else (32, 32, 3), 30, 10)
+    official = tfds.builder_cls(name)
 
-    class Shuffled(tfds.builder_cls("cifar10"), skip_registration=True):
-        name = "cifar10"
+    def examples(self, split):
+        for row, x in enumerate(content[f"x_{split}"]):
+            example = {"image": png(x), "label": int(content[f"y_{split}"][row])}
+            if "id" in self.info.features:
+                example["id"] = f"{split}_{row:05d}"
+            yield row, example
 
-        def _split_generators(self, dl_manager):
-            return {s: self._generate_examples(s) for s in ("train", "test")}
+    def splits(self, dl_manager):
+        return {s: self._generate_examples(s) for s in ("train", "test")}
 
-        def _generate_examples(self, split):
-            for row, x in enumerate(content[f"x_{split}"]):
-                yield (
-                    row,
-                    {
-                        "image": png(x),
-                        "label": int(content[f"y_{split}"][row]),
-                        "id": f"{split}_{row:05d}",
-                    },
-                )
-
-    Shuffled.__module__ = tfds.builder_cls("cifar10").__module__
-    builder = Shuffled(data_dir=str(tmp_path), file_format="array_record")
+    shuffled = type(
+        "Shuffled",
+        (official,),
+        {
+            "name": name,
+            "__module__": official.__module__,
+            "_generate_examples": examples,
+            "_split_generators": splits,
+        },
+        skip_registration=True,
+    )
+    builder = shuffled(data_dir=str(tmp_path), file_format="array_record")
     builder.download_and_prepare(download_dir=str(tmp_path / "downloads"))
-    stored = tfds.data_source("cifar10", data_dir=tmp_path, split="train")
-    assert not builder.info.disable_shuffling
-    stored_labels = [stored[i]["label"] for i in range(30)]
-    assert stored_labels != content["y_train"].tolist()  # TFDS did shuffle
-    assert_holds(load("cifar10", tmp_path), content)
+    stored = tfds.data_source(name, data_dir=tmp_path, split="train")
+    labels = [stored[i]["label"] for i in range(30)]
+    assert labels != content["y_train"].tolist()  # TFDS did shuffle
+    dataset = load(name, tmp_path)
+    if name != "mnist":
+        assert_holds(dataset, content)
+        assert "shuffled" not in dataset.source
+    else:
+        assert dataset.y_train.tolist() == labels
+        assert "in TFDS's shuffled order" in dataset.source
+
+
+def test_prepared_set_that_is_damaged(tmp_path):
+    np.savez(tmp_path / "set.npz", **arrays((28, 28, 1), 400, 10))
+    target = prepare("mnist", tmp_path, [tmp_path / "set.npz"])
+    (record,) = target.glob("*train*")
+    whole = record.read_bytes()
+    record.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="truncated or damaged.*prepare_data mnist"):
+        load("mnist", tmp_path)
+    record.unlink()
+    with pytest.raises(ValueError, match="a file is missing"):
+        load("mnist", tmp_path)
+    (target / "dataset_info.json").write_text("{")
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        load("mnist", tmp_path)
 
 
 def png(x):
     image = pytest.importorskip("PIL.Image")
     buffer = io.BytesIO()
-    image.fromarray(x).save(buffer, "png")
+    image.fromarray(x[..., 0] if x.shape[-1] == 1 else x).save(buffer, "png")
     return buffer.getvalue()
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from robustjax.data import load
-from robustjax.data.sources import KNOWN
+from robustjax.data.dataset import KNOWN
 
 RANDOM = np.random.RandomState(0)
 
