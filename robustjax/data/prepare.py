@@ -186,7 +186,7 @@ def _tfds() -> Any:
 
 def _require_tensorflow(name: str) -> None:
     try:
-        import tensorflow  # noqa: F401  # pyright: ignore[reportMissingImports]
+        import tensorflow  # noqa: F401  # pyright: ignore
     except ImportError as error:
         raise ImportError(
             f"Downloading {name} through TFDS needs TensorFlow (pip install "
