@@ -64,35 +64,39 @@ def convolve(x: Array, kernel: Array, geometry: Geometry) -> Array:
     )
     if not plain or max(height, width) > LARGEST_KERNEL:
         return direct(x, kernel, geometry)
-    if geometry.lhs_dilation != (1, 1):
-        if geometry.strides != (1, 1):
-            return direct(x, kernel, geometry)
-        return _by_phases(x, kernel, geometry)
+    if geometry.lhs_dilation != (1, 1) and geometry.strides != (1, 1):
+        return direct(x, kernel, geometry)
     if (height, width) == (1, 1):
         return _pointwise(x, kernel, geometry)
+    if geometry.lhs_dilation != (1, 1):
+        return _by_phases(x, kernel, geometry)
     if geometry.strides != (1, 1):
         return direct(x, kernel, geometry)
     if features <= FEW_CHANNELS and channels >= 2 * features:
         return _by_taps(x, kernel, geometry)
-    if features <= 16 and channels > FEW_CHANNELS:
-        return _in_pairs(x, kernel, geometry)
     return direct(x, kernel, geometry)
 
 
 def _pointwise(x: Array, kernel: Array, geometry: Geometry) -> Array:
-    """1 x 1: drop what the stride skips, then one matrix product (5.0 -> 3 for the
-    strided shortcut 16 -> 32 at 32 x 32)."""
-    rows, columns = geometry.padding
+    """1 x 1: one matrix product on what the stride does not skip; zeros of a padding or
+    a dilation come after it (6.2 -> 3 for the gradient of a strided shortcut, 32 -> 16
+    at 32 x 32)."""
+    features = kernel.shape[3]
     zero = jnp.zeros((), x.dtype)
-    if geometry.padding != ((0, 0), (0, 0)):
-        x = lax.pad(x, zero, ((0, 0, 0), (*rows, 0), (*columns, 0), (0, 0, 0)))
-    x = x[:, :: geometry.strides[0], :: geometry.strides[1]]
+    pads = [
+        (*edges, dilation - 1)
+        for edges, dilation in zip(geometry.padding, geometry.lhs_dilation, strict=True)
+    ]
+    if geometry.strides != (1, 1):
+        x = lax.pad(x, zero, ((0, 0, 0), *pads, (0, 0, 0)))
+        x = x[:, :: geometry.strides[0], :: geometry.strides[1]]
+        pads = [(0, 0, 0), (0, 0, 0)]
     out = lax.dot(
         x.reshape(-1, x.shape[-1]),
         kernel.reshape(kernel.shape[2:]),
         precision=geometry.precision,
-    )
-    return out.reshape(*x.shape[:3], -1)
+    ).reshape(*x.shape[:3], features)
+    return lax.pad(out, zero, ((0, 0, 0), *pads, (0, 0, 0)))
 
 
 def _by_taps(x: Array, kernel: Array, geometry: Geometry) -> Array:
@@ -125,25 +129,6 @@ def _by_taps(x: Array, kernel: Array, geometry: Geometry) -> Array:
             )
             total = shifted if total is None else total + shifted
     return jnp.transpose(total, (1, 2, 3, 0))
-
-
-def _in_pairs(x: Array, kernel: Array, geometry: Geometry) -> Array:
-    """Few output channels: compute two neighbors of a row as one output of twice the
-    channels, so that fewer windows are packed (18.1 -> 16.5 for 16 -> 16 at 32 x 32).
-    """
-    _, width, _, features = kernel.shape
-    left, right = geometry.padding[1]
-    if (x.shape[2] + left + right - width + 1) % 2:
-        return direct(x, kernel, geometry)
-    both = jnp.concatenate(
-        [
-            jnp.pad(kernel, ((0, 0), (0, 1), (0, 0), (0, 0))),
-            jnp.pad(kernel, ((0, 0), (1, 0), (0, 0), (0, 0))),
-        ],
-        3,
-    )
-    out = direct(x, both, geometry._replace(strides=(1, 2)))
-    return out.reshape(*out.shape[:2], -1, features)
 
 
 def _phases(size: int, low: int, dilation: int) -> list[list[tuple[int, int]]]:
