@@ -27,6 +27,15 @@ def finite(logits: Array) -> Array:
     return jnp.clip(logits, -_LARGEST, _LARGEST)
 
 
+def classes(logits: Array) -> Array:
+    """`[1, K]` class numbers, to compare with `labels[:, None]`.
+
+    >>> classes(jnp.zeros((5, 3))).tolist()
+    [[0, 1, 2]]
+    """
+    return jnp.arange(logits.shape[-1])[None]
+
+
 def _at(logits: Array, labels: Array) -> Array:
     # A one-hot sum would turn an infinite *other* logit into NaN; an indexed gather
     # `logits[arange(B), labels]` brings a collective under sharding. This does neither.
@@ -34,7 +43,7 @@ def _at(logits: Array, labels: Array) -> Array:
 
 
 def _best_other(logits: Array, labels: Array) -> Array:
-    is_label = labels[:, None] == jnp.arange(logits.shape[-1])
+    is_label = labels[:, None] == classes(logits)
     return jnp.max(jnp.where(is_label, -jnp.inf, logits), axis=-1)
 
 
@@ -44,12 +53,11 @@ def _largest(logits: Array, count: int) -> list[Array]:
     Batched `top_k` and `sort` are replicated under sharding; `count` rounds of
     "take the first maximum out" are not, and `count` is at most 4.
     """
-    classes = jnp.arange(logits.shape[-1])
     taken = []
     for _ in range(count):
         taken.append(jnp.max(logits, axis=-1))
         first = jnp.argmax(jax.lax.stop_gradient(logits), axis=-1)
-        logits = jnp.where(first[:, None] == classes, -jnp.inf, logits)
+        logits = jnp.where(first[:, None] == classes(logits), -jnp.inf, logits)
     return taken
 
 

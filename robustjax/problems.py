@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from robustjax.losses import cross_entropy, finite
+from robustjax.losses import classes, cross_entropy, finite
 from robustjax.threats import ThreatModel
 from robustjax.types import Array, Key, LogitsFn, LossFn
 
@@ -219,10 +219,9 @@ def ranked_class(logits: Array, y: Array, rank: int) -> Array:
     >>> ranked_class(jnp.array([[5.0, 1.0, 3.0]]), jnp.array([0]), 2).tolist()
     [1]
     """
-    classes = jnp.arange(logits.shape[-1])
-    rest = jnp.where(y[:, None] == classes, -jnp.inf, finite(logits))
+    rest = jnp.where(y[:, None] == classes(logits), -jnp.inf, finite(logits))
     best = jnp.argmax(rest, axis=-1)
     for _ in range(rank - 1):
-        rest = jnp.where(best[:, None] == classes, -jnp.inf, rest)
+        rest = jnp.where(best[:, None] == classes(logits), -jnp.inf, rest)
         best = jnp.argmax(rest, axis=-1)
     return best.astype(jnp.int32)

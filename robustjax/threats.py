@@ -103,12 +103,20 @@ def linf(epsilon: Any, lower: Any = 0.0, upper: Any = 1.0) -> ThreatModel:
 
 
 def l2(epsilon: Any, lower: Any = 0.0, upper: Any = 1.0) -> ThreatModel:
-    """`||delta||_2 <= epsilon` inside the box; arguments as for `linf`."""
+    """`||delta||_2 <= epsilon` inside the box; arguments as for `linf`.
+
+    >>> float(l2(0.5).epsilon)
+    0.5
+    """
     return _build(L2(), epsilon, lower, upper)
 
 
 def l1(epsilon: Any, lower: Any = 0.0, upper: Any = 1.0) -> ThreatModel:
-    """`sum |delta| <= epsilon` inside the box; arguments as for `linf`."""
+    """`sum |delta| <= epsilon` inside the box; arguments as for `linf`.
+
+    >>> float(l1(12).epsilon)
+    12.0
+    """
     return _build(L1(), epsilon, lower, upper)
 
 
@@ -116,6 +124,9 @@ def l0(epsilon: Any, lower: Any = 0.0, upper: Any = 1.0) -> ThreatModel:
     """At most `floor(epsilon)` coordinates change; other arguments as for `linf`.
 
     A coordinate is one number of the input: a color pixel has three.
+
+    >>> float(l0(20).epsilon)
+    20.0
     """
     return _build(L0(), epsilon, lower, upper)
 
@@ -223,6 +234,10 @@ def project_sequential(threat: ThreatModel, x: Array, delta: Array) -> Array:
     """Onto the ball, then onto the box: feasible, but not the nearest point.
 
     Only for parity with reference code that does so (L2 of AutoAttack and Foolbox).
+
+    >>> x, delta = jnp.array([[0.9, 0.5]]), jnp.array([[3.0, 4.0]])
+    >>> print(project_sequential(l2(0.5), x, delta))
+    [[0.1 0.4]]
     """
 
     def one(epsilon, x, delta):
@@ -279,6 +294,12 @@ def is_feasible(
 
     The ball allows `tolerance * max(1, epsilon)`, for L0 nothing.
     A NaN anywhere in an example makes it infeasible.
+
+    >>> x = jnp.array([[0.5, 0.5]])
+    >>> is_feasible(linf(0.1), x, x + 0.05).tolist()
+    [True]
+    >>> is_feasible(linf(0.1), x, x + 0.2).tolist()
+    [False]
     """
 
     def one(epsilon, x, x_adv):

@@ -65,7 +65,15 @@ class AttackFn(Protocol):
 
 
 def last(best: Info | Result, new: Info | Result) -> Array:
-    """Keep the newest point, `[B]` True."""
+    """Keep the newest point, `[B]` True.
+
+    >>> import jax.numpy as jnp
+    >>> d, no, yes = jnp.zeros((1, 2)), jnp.array([False]), jnp.array([True])
+    >>> best = Info(d, jnp.array([2.0]), no, jnp.array([1.0]))
+    >>> new = Info(d, jnp.array([1.0]), yes, jnp.array([3.0]))
+    >>> last(best, new).tolist()
+    [True]
+    """
     return jnp.ones_like(new.success)
 
 
@@ -73,13 +81,28 @@ def worst(best: Info | Result, new: Info | Result) -> Array:
     """Keep the worst point for the model: a success beats none, then the larger score.
 
     A success once found is never lost.
+
+    >>> import jax.numpy as jnp
+    >>> d, no, yes = jnp.zeros((1, 2)), jnp.array([False]), jnp.array([True])
+    >>> best = Info(d, jnp.array([2.0]), no, jnp.array([1.0]))
+    >>> new = Info(d, jnp.array([1.0]), yes, jnp.array([3.0]))
+    >>> worst(best, new).tolist(), worst(new, best).tolist()
+    ([True], [False])
     """
     better = (new.success == best.success) & (new.score > best.score)
     return (new.success & ~best.success) | better
 
 
 def smallest(best: Info | Result, new: Info | Result) -> Array:
-    """Keep the smallest success; before the first one, the larger score."""
+    """Keep the smallest success; before the first one, the larger score.
+
+    >>> import jax.numpy as jnp
+    >>> d, no, yes = jnp.zeros((1, 2)), jnp.array([False]), jnp.array([True])
+    >>> best = Info(d, jnp.array([2.0]), no, jnp.array([1.0]))
+    >>> new = Info(d, jnp.array([1.0]), yes, jnp.array([3.0]))
+    >>> smallest(best, new).tolist(), smallest(new, best).tolist()
+    ([True], [False])
+    """
     first = new.success & ~best.success
     smaller = new.success & best.success & (new.size < best.size)
     closer = ~new.success & ~best.success & (new.score > best.score)
@@ -148,6 +171,13 @@ def run(attack: Attack, num_steps: int, keep: Keep = worst) -> AttackFn:
 
     Raises:
       ValueError: if `num_steps` is negative.
+
+    >>> import jax, jax.numpy as jnp, robustjax as rj
+    >>> x, y = jnp.full((1, 2), 0.5), jnp.array([0])
+    >>> problem = rj.untargeted(lambda x: x, x, y, rj.linf(0.1))
+    >>> kernel = rj.gradient_ascent(lambda norm: rj.steepest(norm), False)
+    >>> run(kernel, 1)(jax.random.key(0), problem).x_adv
+    Array([[0.4, 0.6]], dtype=float32)
     """
     if num_steps < 0:
         raise ValueError(f"num_steps={num_steps}: must be 0 or more.")
@@ -183,6 +213,12 @@ def restarts(attack_fn: AttackFn, n: int, keep: Keep = worst) -> AttackFn:
 
     Raises:
       ValueError: if `n` is below 1.
+
+    >>> import jax, jax.numpy as jnp, robustjax as rj
+    >>> x, y = jnp.full((1, 2), 0.5), jnp.array([0])
+    >>> problem = rj.untargeted(lambda x: x, x, y, rj.linf(0.1))
+    >>> restarts(rj.noise(), 20)(jax.random.key(0), problem).success.tolist()
+    [True]
     """
     if n < 1:
         raise ValueError(f"n={n}: restarts needs at least one run.")
@@ -216,6 +252,12 @@ def multi_target(
 
     Raises:
       ValueError: if the problem has no `y`, or `num_targets` is below 1.
+
+    >>> import jax, jax.numpy as jnp, robustjax as rj
+    >>> x, y = jnp.full((1, 3), 0.5), jnp.array([0])
+    >>> problem = rj.untargeted(lambda x: x, x, y, rj.linf(0.1))
+    >>> multi_target(rj.fgsm(), 2)(jax.random.key(0), problem).success.tolist()
+    [True]
     """
     if num_targets < 1:
         raise ValueError(f"num_targets={num_targets}: needs at least one target.")
@@ -267,6 +309,13 @@ def sequence(
 
     Raises:
       ValueError: if there is no attack.
+
+    >>> import jax, jax.numpy as jnp, robustjax as rj
+    >>> x, y = jnp.full((1, 2), 0.5), jnp.array([0])
+    >>> problem = rj.untargeted(lambda x: x, x, y, rj.linf(0.1))
+    >>> attack_fn = sequence(rj.noise(), rj.fgsm(), hand_over=True)
+    >>> attack_fn(jax.random.key(0), problem).success.tolist()
+    [True]
     """
     if not attack_fns:
         raise ValueError("sequence() got no attack: pass at least one AttackFn.")
@@ -302,20 +351,29 @@ def over_threats(
 
     Raises:
       ValueError: if `how` is none of the three.
+
+    >>> import jax, jax.numpy as jnp, robustjax as rj
+    >>> x, y = jnp.full((1, 2), 0.5), jnp.array([0])
+    >>> problem = rj.untargeted(lambda x: x, x, y, rj.linf(0.1))
+    >>> over = over_threats(rj.fgsm(), [rj.linf(0.1), rj.l2(0.1)], how="vmap")
+    >>> over(jax.random.key(0), problem).size.round(3)
+    Array([[0.1],
+           [0.1]], dtype=float32)
     """
     if how not in ("vmap", "map", "loop"):
         raise ValueError(f"how={how!r}: use 'vmap', 'map' or 'loop'.")
-    stacked = isinstance(threat_models, ThreatModel)
+    if isinstance(threat_models, ThreatModel):
+        together = threat_models
+    else:
+        together = threats.stack(threat_models)
 
     def attacked(key: Key, problem: Problem) -> Result:
         def one(threat: ThreatModel) -> Result:
             return attack_fn(key, problem._replace(threat=threat))
 
         if how == "loop":
-            each = threats.unstack(threat_models) if stacked else threat_models
-            results = [one(threat) for threat in each]
+            results = [one(threat) for threat in threats.unstack(together)]
             return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
-        together = threat_models if stacked else threats.stack(threat_models)
         return jax.vmap(one)(together) if how == "vmap" else jax.lax.map(one, together)
 
     return attacked

@@ -38,7 +38,7 @@ def steepest(norm: Norm) -> optax.GradientTransformation:
     >>> steepest(Linf()).update(grad, optax.EmptyState())[0].tolist()
     [[-1.0, 1.0]]
     """
-    return optax.stateless(lambda grad, _: jax.vmap(norm.steepest)(grad))
+    return _rowwise(norm.steepest)
 
 
 def sparse_steepest(norm: Norm, density: float = 0.05) -> optax.GradientTransformation:
@@ -54,9 +54,7 @@ def sparse_steepest(norm: Norm, density: float = 0.05) -> optax.GradientTransfor
     >>> move.update(jnp.array([[3.0, -2.0, 1.0, 0.0]]), optax.EmptyState())[0].tolist()
     [[0.5, -0.5, 0.0, 0.0]]
     """
-    return optax.stateless(
-        lambda grad, _: jax.vmap(lambda g: norm.sparse_steepest(g, density))(grad)
-    )
+    return _rowwise(lambda grad: norm.sparse_steepest(grad, density))
 
 
 def normalize_l1() -> optax.GradientTransformation:
@@ -75,7 +73,12 @@ def normalize_l1() -> optax.GradientTransformation:
         scaled = grad / jnp.where(largest > 0, largest, 1.0)
         return scaled / jnp.maximum(jnp.sum(jnp.abs(scaled)), 1.0)
 
-    return optax.stateless(lambda grad, _: jax.vmap(one)(grad))
+    return _rowwise(one)
+
+
+def _rowwise(move: Callable[[Array], Array]) -> optax.GradientTransformation:
+    """A rule for the gradient of one example as a transformation of `[B, ...]`."""
+    return optax.stateless(lambda grads, _: jax.vmap(move)(jnp.asarray(grads)))
 
 
 def attack_step(
@@ -111,9 +114,13 @@ def attack_step(
     threat = problem.threat
     x_adv = threats.apply(threat, problem.x, state.delta)
     score, logits, grad = score_and_grad(problem, x_adv, key)
-    update, opt_state = direction.update(grad, state.opt_state, state.delta)
-    epsilon = jnp.asarray(threat.epsilon, problem.x.dtype)
-    epsilon = epsilon.reshape(epsilon.shape + (1,) * (update.ndim - 1) * epsilon.ndim)
+    updates, opt_state = direction.update(grad, state.opt_state, state.delta)
+    update = jnp.asarray(updates)
+    epsilon = jnp.asarray(threat.epsilon, update.dtype)
+    if epsilon.ndim:
+        epsilon = epsilon.reshape(epsilon.shape + (1,) * (update.ndim - 1))
+    else:
+        epsilon = jnp.broadcast_to(epsilon, (1,) * update.ndim)
     # 0 * inf is NaN: a direction of 0 stays 0 whatever epsilon is.
     move = jnp.where(update == 0, 0.0, epsilon * update)
     delta = threats.project(threat, problem.x, state.delta + move)

@@ -131,7 +131,7 @@ class Report:
                 arrays[f"{name}/broken_by/{attack}"] = broken
         temporary = folder / "examples.npz.saving"
         with open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays)
+            np.savez_compressed(file, allow_pickle=False, **arrays)
         os.replace(temporary, folder / "examples.npz")
         write_json(
             folder / "report.json", self.summary() | {"provenance": provenance()}

@@ -184,7 +184,9 @@ def evaluate(
                 )
                 x_adv = np.asarray(result.x_adv)
                 answers = _predictions(f, x_adv, batch_size, key_judge)
-                inside = np.asarray(threats.is_feasible(here, x[correct], x_adv))
+                inside = np.asarray(
+                    threats.is_feasible(here, jnp.asarray(x[correct]), result.x_adv)
+                )
                 broken[correct] = inside & (answers != y[correct])
                 # The first success stays; before it, the newest attempt.
                 earlier = np.any([np.zeros_like(broken), *broken_by.values()], axis=0)

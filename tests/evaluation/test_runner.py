@@ -1,0 +1,145 @@
+"""The runner and the report on models whose truth is known."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import robustjax as rj
+from robustjax import testing
+from robustjax.evaluation import runner
+
+ORACLE = testing.linear_oracle("Linf", batch_size=10, box_active=True, seed=3)
+QUIET = {"progress": False, "run_checks": False}
+
+
+def test_robust_accuracy_is_that_of_the_linear_oracle():
+    report = rj.evaluate(ORACLE.logits_fn, ORACLE.x, ORACLE.y, ORACLE.threat, **QUIET)
+    np.testing.assert_array_equal(report.robust, ORACLE.worst_margin > 0)
+    assert report.clean_accuracy == 1.0
+    assert 0 < report.robust_accuracy < 1
+    found = report.threats["threat"]
+    broken = ~report.robust
+    adversarial = found.x_adv[broken]
+    assert (np.argmax(ORACLE.logits_fn(adversarial), -1) != ORACLE.y[broken]).all()
+    inside = rj.is_feasible(ORACLE.threat, ORACLE.x, jnp.asarray(found.x_adv))
+    assert bool(inside.all())
+
+
+def test_misclassified_examples_are_not_robust_and_not_attacked():
+    y = np.array(ORACLE.y)
+    y[:3] = 1 - y[:3]
+    report = rj.evaluate(ORACLE.logits_fn, ORACLE.x, y, ORACLE.threat, **QUIET)
+    assert report.clean_accuracy == pytest.approx(0.7)
+    assert not report.robust[:3].any()
+    np.testing.assert_array_equal(report.threats["threat"].x_adv[:3], ORACLE.x[:3])
+
+
+def test_a_wrong_model_has_accuracy_zero():
+    y = 1 - np.array(ORACLE.y)
+    report = rj.evaluate(ORACLE.logits_fn, ORACLE.x, y, ORACLE.threat, **QUIET)
+    assert report.clean_accuracy == report.robust_accuracy == 0.0
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 100])
+def test_batch_size_and_padding_change_nothing(batch_size):
+    whole = rj.attack(ORACLE.logits_fn, ORACLE.x, ORACLE.y, ORACLE.threat)
+    cut = rj.attack(
+        ORACLE.logits_fn, ORACLE.x, ORACLE.y, ORACLE.threat, batch_size=batch_size
+    )
+    assert cut.x_adv.shape == whole.x_adv.shape
+    np.testing.assert_allclose(cut.x_adv, whole.x_adv, atol=1e-5)
+    np.testing.assert_array_equal(cut.success, whole.success)
+
+
+def test_a_subset_with_its_index_gets_the_same_noise():
+    attack_fn = rj.noise("uniform")
+    whole = rj.attack(ORACLE.logits_fn, ORACLE.x, ORACLE.y, ORACLE.threat, attack_fn)
+    rows = np.array([7, 2, 5])
+    some = rj.attack(
+        ORACLE.logits_fn,
+        ORACLE.x[rows],
+        ORACLE.y[rows],
+        ORACLE.threat,
+        attack_fn,
+        index=rows,
+    )
+    np.testing.assert_array_equal(some.x_adv, whole.x_adv[rows])
+
+
+def test_every_example_may_have_its_own_epsilon():
+    epsilon = np.linspace(0, 0.3, 10).astype(np.float32)
+    threat = rj.linf(epsilon)
+    report = rj.evaluate(
+        ORACLE.logits_fn, ORACLE.x, ORACLE.y, threat, batch_size=4, **QUIET
+    )
+    worst = [
+        testing._least(
+            "Linf",
+            (1 if y == 0 else -1) * np.asarray(ORACLE.logits_fn.args[0], np.float64),
+            -np.asarray(x, np.float64),
+            1 - np.asarray(x, np.float64),
+            float(e),
+        )
+        for x, y, e in zip(ORACLE.x, ORACLE.y, epsilon, strict=True)
+    ]
+    np.testing.assert_array_equal(
+        report.robust, ORACLE.clean_margin + 2 * np.array(worst) > 0
+    )
+
+
+def test_several_threats_and_their_union(tmp_path):
+    threats = {"Linf": rj.linf(0.1), "L2": rj.l2(0.3)}
+    report = rj.evaluate(ORACLE.logits_fn, ORACLE.x, ORACLE.y, threats, **QUIET)
+    both = report.threats["Linf"].robust & report.threats["L2"].robust
+    np.testing.assert_array_equal(report.robust, both)
+    folder = report.save(tmp_path / "aa")
+    saved = json.loads((folder / "report.json").read_text())
+    assert saved["robust_accuracy"] == report.robust_accuracy
+    assert saved["threats"]["L2"]["accuracy"]["FGSM"] == report.accuracy("L2", "FGSM")
+    with np.load(folder / "examples.npz") as arrays:
+        np.testing.assert_array_equal(
+            arrays["Linf/x_adv"], report.threats["Linf"].x_adv
+        )
+    table = str(report)
+    assert f"{report.robust_accuracy:.3f}" in table
+    assert "FGSM" in table
+
+
+def test_a_lying_attack_is_not_believed():
+    """Success counts only when the judge confirms it: here nothing is adversarial."""
+
+    def liar(key, problem):
+        yes = jnp.ones(problem.x.shape[0], bool)
+        zero = jnp.zeros(problem.x.shape[0])
+        return rj.Result(problem.x + 5.0, yes, zero, zero)
+
+    def outside(key, problem):
+        result = rj.pgd(5)(key, problem._replace(threat=rj.linf(0.9)))
+        return result
+
+    for attack_fn in (liar, outside):
+        report = rj.evaluate(
+            ORACLE.logits_fn,
+            ORACLE.x,
+            ORACLE.y,
+            rj.linf(1e-4),
+            attacks={"mine": attack_fn},
+            **QUIET,
+        )
+        assert report.robust_accuracy == 1.0
+
+
+def test_two_checkpoints_share_one_program():
+    def linear(w, x):
+        return x @ w
+
+    attack_fn = rj.pgd(3)
+    before = runner._attack_batch._cache_size()
+    for seed in range(3):
+        w = jax.random.normal(jax.random.key(seed), (12, 2))
+        f = jax.tree_util.Partial(linear, w)
+        rj.attack(f, ORACLE.x, ORACLE.y, rj.linf(0.01 * (seed + 1)), attack_fn)
+    assert runner._attack_batch._cache_size() == before + 1
