@@ -264,6 +264,48 @@ def size(threat: ThreatModel, delta: Array) -> Array:
     return jax.vmap(threat.norm.size)(delta)
 
 
+def steepest(threat: ThreatModel, grad: Array) -> Array:
+    """`[B, ...]` directions of steepest ascent in the unit ball, row by row.
+
+    >>> print(steepest(linf(0.1), jnp.array([[-3.0, 2.0]])))
+    [[-1.  1.]]
+    """
+    return jax.vmap(threat.norm.steepest)(grad)
+
+
+def scale(threat: ThreatModel, update: Array) -> Array:
+    """`epsilon * update`, `[B, ...]`: a move in units of epsilon as a perturbation.
+
+    0 stays 0 whatever epsilon is: `0 * inf` would be NaN.
+
+    >>> print(scale(linf(jnp.array([0.1, 0.2])), jnp.ones((2, 2))))
+    [[0.1 0.1]
+     [0.2 0.2]]
+    """
+
+    def one(epsilon, update):
+        return jnp.where(update == 0, 0, epsilon * update)
+
+    return _per_example(threat, one, update)
+
+
+def rescale(threat: ThreatModel, direction: Array) -> Array:
+    """`[B, ...]` directions stretched to size epsilon, the surface of the ball.
+
+    L0 counts coordinates, which stretching does not change: there they stay.
+
+    >>> print(rescale(l1(1.0), jnp.array([[3.0, 1.0]])))
+    [[0.75 0.25]]
+    """
+
+    def one(epsilon, direction):
+        size = threat.norm.size(direction)
+        stretches = threat.norm.size(2 * direction) > 1.5 * size
+        return direction * jnp.where(stretches, epsilon / size, 1)
+
+    return _per_example(threat, one, direction)
+
+
 def random_start(threat: ThreatModel, keys: Key, x: Array) -> Array:
     """Uniform in the ball, then the nearest feasible point.
 

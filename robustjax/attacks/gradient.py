@@ -115,14 +115,7 @@ def attack_step(
     x_adv = threats.apply(threat, problem.x, state.delta)
     score, logits, grad = score_and_grad(problem, x_adv, key)
     updates, opt_state = direction.update(grad, state.opt_state, state.delta)
-    update = jnp.asarray(updates)
-    epsilon = jnp.asarray(threat.epsilon, update.dtype)
-    if epsilon.ndim:
-        epsilon = epsilon.reshape(epsilon.shape + (1,) * (update.ndim - 1))
-    else:
-        epsilon = jnp.broadcast_to(epsilon, (1,) * update.ndim)
-    # 0 * inf is NaN: a direction of 0 stays 0 whatever epsilon is.
-    move = jnp.where(update == 0, 0.0, epsilon * update)
+    move = threats.scale(threat, jnp.asarray(updates))
     delta = threats.project(threat, problem.x, state.delta + move)
     info = Info(
         state.delta, score, problem.success(logits), threats.size(threat, state.delta)

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from robustjax import threats
 from robustjax.attacks.base import Attack, AttackFn, Info, evaluate_point, run
@@ -26,8 +25,8 @@ def noise(kind: str = "uniform", num_samples: int = 1) -> AttackFn:
     - `sign`: random signs, scaled to norm epsilon (a corner of the Linf ball);
     - `gaussian`: a Gaussian direction, scaled to norm epsilon.
 
-    Each sample is then projected on ball and box. Under L0 a scaled direction has no
-    meaning: `sign` and `gaussian` are projected, which keeps epsilon coordinates.
+    Each sample is then projected on ball and box; under L0, where scaling has no
+    meaning, that alone keeps epsilon coordinates.
 
     Args:
       kind: `"uniform"`, `"sign"` or `"gaussian"`.
@@ -56,10 +55,7 @@ def noise(kind: str = "uniform", num_samples: int = 1) -> AttackFn:
             raw = jax.vmap(lambda k: jax.random.rademacher(k, x.shape[1:], x.dtype))
         else:
             raw = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))
-        direction = raw(keys)
-        scale = jnp.asarray(threat.epsilon, x.dtype) / threats.size(threat, direction)
-        scale = scale.reshape(scale.shape + (1,) * (x.ndim - 1))
-        return threats.project(threat, x, direction * scale)
+        return threats.project(threat, x, threats.rescale(threat, raw(keys)))
 
     def init(key: Key, problem: Problem) -> NoiseState:
         return NoiseState(draw(key, problem))

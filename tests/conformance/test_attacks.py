@@ -60,6 +60,7 @@ ROWS = {
     "noise, uniform": Row(rj.noise("uniform", 64), ("Linf", "L2", "L1", "L0"), 0.95),
     "noise, sign": Row(rj.noise("sign", 64), ("Linf", "L2", "L1", "L0"), 0.95),
     "noise, gaussian": Row(rj.noise("gaussian", 64), ("L2", "L0"), 0.95),
+    # scripts/new_attack adds rows above this line.
 }
 # fmt: on
 CASES = [(name, norm) for name, row in ROWS.items() for norm in row.norms]
