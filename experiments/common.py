@@ -1,4 +1,4 @@
-"""What the experiments share: flags and presets, data, choosing checkpoints, results."""
+"""What the experiments share: flags and presets, data, nets, measuring, results."""
 
 import dataclasses
 import sys
@@ -7,36 +7,56 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import jax
 import numpy as np
-import tyro
 
 import robustjax as rj
-from robustjax import data
+from robustjax import data, models
 from robustjax.logging import duration, provenance, write_json
-from robustjax.models import Model, logits_fn
+from robustjax.training import optimizers
+from robustjax.training.loop import FitResult
 
 Config = TypeVar("Config")
 
-# What neither changes the weights nor the course of a training.
-NOT_TRAINING = ("preset", "out", "data_dir", "num_test", "batch_size_test")
+SHAPES = {
+    "digits": (8, 8, 1),
+    "mnist": (28, 28, 1),
+    "fashion_mnist": (28, 28, 1),
+    "cifar10": (32, 32, 3),
+}
+
+# What a config says beside how the weights come about; may differ on resume.
+NOT_TRAINING = ("preset", "out", "data_dir", "num_test", "test_steps", "num_restarts")
 
 
 def parse(
-    presets: Mapping[str, Config],
-    description: str | None = None,
+    default: Config | Mapping[str, Config],
+    document: str,
     argv: Sequence[str] | None = None,
 ) -> Config:
-    """Read typed flags; `--preset NAME` says which defaults they start from."""
+    """Read typed flags, which begin at `default` or at that of `--preset NAME`.
+
+    `document` is the experiment's docstring; `--help` shows its title and commands.
+    """
+    import tyro  # slow to import
+
     argv = list(sys.argv[1:] if argv is None else argv)
-    name = next(iter(presets))
-    for i, part in enumerate(argv):
-        if part.startswith("--preset="):
-            name = part.partition("=")[2]
-        elif part == "--preset" and i + 1 < len(argv):
-            name = argv[i + 1]
-    default = presets.get(name, next(iter(presets.values())))
-    return tyro.cli(type(default), default=default, args=argv, description=description)
+    if isinstance(default, Mapping):
+        chosen = next(iter(default.values()))
+        for flag, value in zip(argv, [*argv[1:], ""], strict=False):
+            name, _, joined = flag.partition("=")
+            if name == "--preset":  # an unknown one is refused by tyro below
+                chosen = default.get(joined or value, chosen)
+    else:
+        chosen = default
+    title, commands = document.split("\n\n")[:2]
+    lines = [line.strip() for line in commands.splitlines()]
+    return tyro.cli(
+        type(chosen),
+        default=chosen,
+        args=argv,
+        prog=next(" ".join(n.split()[:3]) for n in lines if n.startswith("python -m")),
+        description="\n\n".join([title, *lines]),
+    )
 
 
 class Splits(NamedTuple):
@@ -52,27 +72,56 @@ class Splits(NamedTuple):
 def load_splits(
     name: str, data_dir: str | None, seed: int, num_validation: int, num_test: int
 ) -> Splits:
-    """Load a data set, hold `num_validation` training images out, cut the test set."""
+    """Load a set, hold `num_validation` training images out, cut the test images."""
     found = data.load(name, data_dir)
     train, held_out = data.split_validation(
         seed, found.x_train, found.y_train, num_validation
     )
     test = found.x_test[:num_test], found.y_test[:num_test]
-    used = (
-        f"{found.source}; {len(train[0]):,} trained on, {num_validation:,} held out "
-        f"to choose the checkpoint, first {len(test[0]):,} test images"
-    )
-    return Splits(
-        data.resident(*train, found.max_value),
-        (_floats(held_out[0], found.max_value), held_out[1]),
-        (_floats(test[0], found.max_value), test[1]),
-        found.num_classes,
-        used,
+    used = f"{found.source}; {len(train[0]):,} learned from, "
+    if num_validation:
+        used += f"{num_validation:,} held out to choose the checkpoint, "
+    used += f"first {len(test[0]):,} test images"
+    print(used)
+
+    def floats(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.asarray(data.to_float(x, found.max_value)), y
+
+    on_device = data.resident(*train, found.max_value)
+    return Splits(on_device, floats(*held_out), floats(*test), found.num_classes, used)
+
+
+def build_model(
+    name: str,
+    dataset: str,
+    num_classes: int = 10,
+    width: int | None = None,
+    depth: int | None = None,
+) -> models.Model:
+    """The net of a config; it normalizes its inputs itself."""
+    mean, std = (0.0,), (1.0,)
+    if dataset == "cifar10":
+        mean, std = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+    if name == "preact_resnet18":
+        return models.preact_resnet18(
+            num_classes, width=width or 16, mean=mean, std=std
+        )
+    if name == "wide_resnet":
+        return models.wide_resnet(
+            depth or 34, width or 10, num_classes, mean=mean, std=std
+        )
+    return {"madry_mnist": models.madry_mnist, "small_cnn": models.small_cnn}[name](
+        num_classes, mean=mean, std=std
     )
 
 
-def _floats(x: np.ndarray, max_value: int) -> np.ndarray:
-    return np.asarray(data.to_float(x, max_value))
+def learning_rate(name: str, peak: float, num_steps: int) -> optimizers.Schedule:
+    """`constant`, `one_cycle`, or `piecewise`: a tenth at 1/2 and at 3/4."""
+    if name == "constant":
+        return optimizers.constant(peak)
+    if name == "one_cycle":
+        return optimizers.one_cycle(peak, num_steps)
+    return optimizers.piecewise(peak, [num_steps // 2, num_steps * 3 // 4])
 
 
 def training_part(config: Any) -> dict[str, Any]:
@@ -82,46 +131,66 @@ def training_part(config: Any) -> dict[str, Any]:
 
 
 def validator(
-    model: Model,
+    model: models.Model,
     examples: tuple[np.ndarray, np.ndarray],
     threat: rj.ThreatModel,
-    attack_fn: rj.AttackFn,
-    batch_size: int = 250,
+    count: int,
 ) -> Callable[[Any, Any], dict[str, float]]:
-    """`fit`'s `validate`: accuracy on clean and on attacked held-out images."""
-    x, y = examples
+    """`fit`'s `validate`: accuracy on `count` held-out images, clean and by PGD-10."""
+    attacks = {"PGD-10": rj.pgd(10)}
+    x, y = examples[0][:count], examples[1][:count]
 
     def validate(params: Any, extra: Any) -> dict[str, float]:
-        f = logits_fn(model, params, extra)
-        clean, robust = accuracies(f, x, y, threat, attack_fn, batch_size)
-        return {"clean_accuracy": clean, "robust_accuracy": robust}
+        report = rj.evaluate(
+            models.logits_fn(model, params, extra),
+            *(x, y, threat),
+            attacks=attacks,
+            batch_size=100,
+            run_checks=False,
+            progress=False,
+        )
+        return {
+            "clean_accuracy": report.clean_accuracy,
+            "robust_accuracy": report.robust_accuracy,
+        }
 
     return validate
 
 
-def accuracies(f, x, y, threat, attack_fn, batch_size=250):
-    clean = robust = 0
-    for start in range(0, len(x), batch_size):
-        rows = slice(start, start + batch_size)
-        index = np.arange(len(x), dtype=np.int32)[rows]
-        a, b = _attacked(f, x[rows], y[rows], threat, index, attack_fn)
-        clean, robust = clean + int(a.sum()), robust + int(b.sum())
-    return clean / len(x), robust / len(x)
+def measure(
+    out: str | Path,
+    model: models.Model,
+    trained: FitResult,
+    splits: Splits,
+    threat: rj.ThreatModel,
+    attacks: Mapping[str, rj.AttackFn],
+    began: float,
+) -> dict[str, Any]:
+    """Evaluate the chosen checkpoint on the test images; print and save the results."""
+    f = models.logits_fn(model, trained.params, trained.extra)
+    report = rj.evaluate(f, *splits.test, threat, attacks=attacks, batch_size=250)
+    print(report)
+    found = next(iter(report.threats))
+    results = {
+        "clean_accuracy": report.clean_accuracy,
+        "robust_accuracy": report.robust_accuracy,
+        "accuracy": {name: report.accuracy(found, name) for name in attacks},
+        "epsilon": float(threat.epsilon),
+        "checkpoint": trained.metrics,
+        "data": splits.used,
+        "flags": [flag._asdict() for flag in report.flags],
+    }
+    return save_results(out, results, began)
 
 
-@jax.jit(static_argnums=5)
-def _attacked(f, x, y, threat, index, attack_fn):
-    result = attack_fn(
-        jax.random.key(0), rj.untargeted(f, x, y, threat, index=index)
-    )
-    clean = f(x).argmax(-1) == y
-    return clean, clean & ~result.success
-
-
-def save_results(out: str | Path, results: Mapping[str, Any], began: float) -> None:
-    """Write `results.json` with seconds and provenance, and say where it is."""
+def save_results(
+    out: str | Path, results: Mapping[str, Any], began: float
+) -> dict[str, Any]:
+    """Write `results.json` and say where it is; `seconds` is this process's time."""
+    seconds = {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time()}
+    results = {**results, **seconds}
     path = Path(out) / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    seconds = time.monotonic() - began
-    write_json(path, {**results, "seconds": seconds, "provenance": provenance()})
-    print(f"{path} ({duration(seconds)})")
+    write_json(path, {**results, "provenance": provenance()})
+    print(f"{path} ({duration(seconds['seconds'])})")
+    return results

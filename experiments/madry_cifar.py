@@ -6,6 +6,7 @@
 The paper's row (Linf, 8/255): clean 87.3, FGSM 56.1, PGD-7 50.0, PGD-20 45.8.
 """
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,12 +15,10 @@ import jax
 
 import robustjax as rj
 from experiments import common
-from robustjax import data, models
+from robustjax import data
 from robustjax.methods.madry import madry
 from robustjax.training import optimizers
 from robustjax.training.loop import fit
-
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 
 
 @dataclass(frozen=True)
@@ -74,33 +73,26 @@ class Config:
     """How many test images, from the first."""
 
 
+MADRY = Config(
+    preset="paper",
+    out="runs/madry_cifar_paper",
+    model="wide_resnet",
+    width=10,
+    attack_steps=7,
+    attack_step_size=2 / 8,
+    num_steps=80_000,
+    schedule="piecewise",
+    learning_rate=0.1,
+    weight_decay=2e-4,
+    decay="kernels",
+)
 PRESETS = {
     "small": Config(),
-    "paper": Config(
-        preset="paper",
-        out="runs/madry_cifar_paper",
-        model="wide_resnet",
-        width=10,
-        attack_steps=7,
-        attack_step_size=2 / 8,
-        num_steps=80_000,
-        schedule="piecewise",
-        learning_rate=0.1,
-        weight_decay=2e-4,
-        decay="kernels",
+    "paper": MADRY,
+    "code": dataclasses.replace(
+        MADRY, preset="code", out="runs/madry_cifar_code", attack_steps=10
     ),
 }
-
-
-def build(config: Config, num_classes: int = 10) -> models.Model:
-    """The config's net; it normalizes its inputs itself."""
-    if config.model == "preact_resnet18":
-        return models.preact_resnet18(
-            num_classes, width=config.width, mean=MEAN, std=STD
-        )
-    return models.wide_resnet(
-        config.depth, config.width, num_classes, mean=MEAN, std=STD
-    )
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -112,18 +104,14 @@ def main(config: Config) -> dict[str, Any]:
         config.num_validation,
         config.num_test,
     )
-    print(splits.used)
+    model = common.build_model(
+        config.model, "cifar10", splits.num_classes, config.width, config.depth
+    )
     threat = rj.linf(config.epsilon)
-    model = build(config, splits.num_classes)
     attack_fn = rj.pgd(config.attack_steps, config.attack_step_size, keep=rj.last)
     per_epoch = data.steps_per_epoch(splits.train.x.shape[0], config.batch_size)
     num_steps = config.num_steps or config.num_epochs * per_epoch
-    if config.schedule == "one_cycle":
-        rate = optimizers.one_cycle(config.learning_rate, num_steps)
-    else:
-        boundaries = [num_steps // 2, num_steps * 3 // 4]
-        rate = optimizers.piecewise(config.learning_rate, boundaries)
-    x, y = splits.validation
+    rate = common.learning_rate(config.schedule, config.learning_rate, num_steps)
     trained = fit(
         jax.random.key(config.seed),
         model,
@@ -135,21 +123,14 @@ def main(config: Config) -> dict[str, Any]:
         checkpoint_every=min(per_epoch, num_steps),
         augment=data.compose(data.random_crop, data.random_flip),
         validate=common.validator(
-            model,
-            (x[: config.num_attacked], y[: config.num_attacked]),
-            threat,
-            rj.pgd(10),
+            model, splits.validation, threat, config.num_attacked
         ),
         out=config.out,
         config=common.training_part(config),
         ema_decay=config.ema_decay,
     )
-    f = models.logits_fn(model, trained.params, trained.extra)
-    clean, robust = common.accuracies(f, *splits.test, threat, rj.pgd(20))
-    print(clean, robust)
-    results = {"clean_accuracy": clean, "pgd20": robust, "best": trained.metrics}
-    common.save_results(config.out, results, began)
-    return results
+    attacks = {"FGSM": rj.fgsm(), "PGD-20": rj.pgd(20)}
+    return common.measure(config.out, model, trained, splits, threat, attacks, began)
 
 
 if __name__ == "__main__":

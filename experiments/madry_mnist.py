@@ -1,0 +1,125 @@
+"""Adversarial training of Madry's net on MNIST or Fashion-MNIST (arXiv:1706.06083).
+
+python -m experiments.madry_mnist --data-dir DIR
+python -m experiments.madry_mnist --data-dir DIR --dataset fashion_mnist
+python -m experiments.madry_mnist --data-dir DIR --preset paper
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+
+import robustjax as rj
+from experiments import common
+from robustjax import data
+from robustjax.methods.madry import madry
+from robustjax.threats import standard_threat
+from robustjax.training import optimizers
+from robustjax.training.loop import fit
+from robustjax.training.step import ramped
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: Literal["small", "paper"] = "small"
+    """Which defaults the other flags start from: for a CPU, or the paper's."""
+    dataset: Literal["mnist", "fashion_mnist"] = "mnist"
+    """What to learn."""
+    out: str | None = None
+    """The run's folder; absent: runs/madry_DATASET_PRESET. The same command on the same
+    folder goes on with the run."""
+    data_dir: str | None = None
+    """Where the data set lies (docs/data.md); absent: $ROBUSTJAX_DATA_DIR."""
+    seed: int = 0
+    """Decides weights, order of the images, noise and the held-out images."""
+    model: Literal["madry_mnist"] = "madry_mnist"
+    """The net."""
+
+    epsilon: str | None = None
+    """Linf budget, in training and testing; absent: 0.3 for mnist, 0.1 for
+    fashion_mnist."""
+    attack_steps: int = 3
+    """Gradient steps of the attack in training, from a random start."""
+    attack_step_size: float = 0.5
+    """Of each, as a fraction of epsilon."""
+
+    num_epochs: int = 6
+    """Passes over the training images."""
+    num_steps: int | None = None
+    """Batches to learn from, instead of `num_epochs`."""
+    batch_size: int = 128
+    """Images per step."""
+    schedule: Literal["one_cycle", "constant"] = "one_cycle"
+    """The learning rate: one linear rise and fall, or always the same."""
+    learning_rate: float = 2e-3
+    """Adam's, the highest."""
+    ema_decay: float | None = 0.995
+    """Average the weights with this decay and use the averages."""
+
+    num_validation: int = 1000
+    """Training images held out."""
+    num_attacked: int = 500
+    """Of these, how many PGD-10 attacks after every epoch; the best epoch is kept."""
+    num_test: int = 1000
+    """How many test images, from the first."""
+
+
+PRESETS = {
+    "small": Config(),
+    "paper": Config(
+        preset="paper",
+        attack_steps=40,
+        attack_step_size=0.01 / 0.3,
+        num_steps=100_000,
+        batch_size=50,
+        schedule="constant",
+        learning_rate=1e-4,
+        ema_decay=None,
+    ),
+}
+
+
+def main(config: Config) -> dict[str, Any]:
+    began = time.monotonic()
+    splits = common.load_splits(
+        config.dataset,
+        config.data_dir,
+        config.seed,
+        config.num_validation,
+        config.num_test,
+    )
+    out = config.out or f"runs/madry_{config.dataset}_{config.preset}"
+    model = common.build_model(config.model, config.dataset, splits.num_classes)
+    threat = (
+        rj.linf(config.epsilon)
+        if config.epsilon
+        else standard_threat(config.dataset, "Linf")
+    )
+    attack_fn = rj.pgd(config.attack_steps, config.attack_step_size, keep=rj.last)
+    per_epoch = data.steps_per_epoch(splits.train.x.shape[0], config.batch_size)
+    num_steps = config.num_steps or config.num_epochs * per_epoch
+    rate = common.learning_rate(config.schedule, config.learning_rate, num_steps)
+    trained = fit(
+        jax.random.key(config.seed),
+        model,
+        madry(model, threat, attack_fn),
+        optimizers.adam(rate),
+        splits.train,
+        batch_size=config.batch_size,
+        num_steps=num_steps,
+        checkpoint_every=min(per_epoch, num_steps),
+        validate=common.validator(
+            model, splits.validation, threat, config.num_attacked
+        ),
+        out=out,
+        config=common.training_part(config),
+        ema_decay=config.ema_decay and ramped(config.ema_decay),
+    )
+    attacks = {"FGSM": rj.fgsm(), "PGD-40": rj.pgd(40)}
+    return common.measure(out, model, trained, splits, threat, attacks, began)
+
+
+if __name__ == "__main__":
+    main(common.parse(PRESETS, __doc__))
