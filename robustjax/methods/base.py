@@ -117,11 +117,12 @@ def batch_loss(
 
     Returns:
       The mean loss and the metrics `loss` and `accuracy` (soft labels: the fraction
-      whose prediction is the most probable label). NaN logits make the loss NaN: an
-      attack must bear a broken model, training must stop.
+      whose prediction is the most probable label). NaN or infinite logits make the loss
+      NaN: an attack must bear a broken model, training must stop.
     """
     values = outer(logits, batch.y)
-    values = jnp.where(jnp.isnan(logits).any(-1), jnp.nan, values)
+    broken = (jnp.isnan(logits) | (logits == jnp.inf)).any(-1)
+    values = jnp.where(broken, jnp.nan, values)
     loss = mean_of(values, batch.mask)
     correct = mean_of(jnp.argmax(logits, -1) == hard_labels(batch.y), batch.mask)
     return value(loss), {"loss": loss, "accuracy": correct}

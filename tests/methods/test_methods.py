@@ -1,0 +1,386 @@
+"""The conformance table of training methods: a new method adds one row."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from robustjax.attacks.base import last
+from robustjax.attacks.pgd import pgd
+from robustjax.data.sources import load
+from robustjax.losses import cross_entropy
+from robustjax.methods.base import (
+    Aux,
+    Method,
+    batch_loss,
+    from_loss,
+    label_loss,
+    minimax_loss,
+    smoothed,
+)
+from robustjax.methods.madry import cifar_code, cifar_paper, madry, mnist, one_step
+from robustjax.methods.standard import standard
+from robustjax.metrics import value
+from robustjax.models.base import Model, from_linen, logits_fn
+from robustjax.parallel import constrain_rows, data_mesh, put_global, replicated
+from robustjax.problems import untargeted
+from robustjax.threats import l2, linf
+from robustjax.training.state import TrainState, create_state
+from robustjax.training.step import make_train_step
+from robustjax.types import Batch
+
+
+class Net(nn.Module):
+    """A dense net with BatchNorm, in the dtype of its input."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = x.reshape(x.shape[0], -1)
+        kind = {"dtype": x.dtype, "param_dtype": x.dtype}
+        x = nn.Dense(16, **kind)(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, **kind)(x)
+        return nn.Dense(10, **kind)(nn.relu(x))
+
+
+MODEL = from_linen(Net())
+
+
+def linear(x):
+    weights = 0.1 * jnp.arange(640.0).reshape(64, 10) % 1.0
+    return {"w": weights}, {}
+
+
+def linear_apply(params, extra, x, *, train=False, key=None):
+    return x.reshape(x.shape[0], -1) @ params["w"], extra
+
+
+LINEAR = Model(lambda key, x: linear(x), linear_apply)
+ATTACK = pgd(2, 0.7, keep=last)
+
+
+class Row(NamedTuple):
+    build: Callable[[Model], Method]
+    updates_per_batch: int = 1
+
+
+METHODS = {
+    "standard": Row(lambda model: standard(model)),
+    "standard, smoothed": Row(lambda model: standard(model, outer=smoothed(0.1))),
+    "madry, Linf": Row(lambda model: madry(model, linf(0.1), ATTACK)),
+    "madry, L2": Row(lambda model: madry(model, l2(0.5), ATTACK)),
+    "madry, batch statistics": Row(
+        lambda model: madry(model, linf(0.1), ATTACK, bn_mode="batch")
+    ),
+}
+EVERY = pytest.mark.parametrize("name", METHODS)
+
+
+def batch_of(size: int, first: int = 0) -> Batch:
+    digits = load("digits")
+    rows = slice(first, first + size)
+    return Batch(
+        jnp.asarray(digits.x_train[rows], jnp.float32) / digits.max_value,
+        jnp.asarray(digits.y_train[rows]),
+        jnp.arange(first, first + size, dtype=jnp.int32),
+    )
+
+
+TX = optax.sgd(0.05, momentum=0.9)
+
+
+@functools.cache
+def initial(dtype: str):
+    """The first state; the same for every method here, whose carries are empty."""
+
+    @jax.jit
+    def create(key):
+        x = jnp.zeros((1, 8, 8, 1), dtype)
+        batch = Batch(x, jnp.zeros(1))
+        state = create_state(key, MODEL, standard(MODEL), TX, batch)
+        # Flax keeps BatchNorm's statistics in float32 whatever the input is.
+        extra = jax.tree.map(lambda leaf: leaf.astype(dtype), state.extra)
+        return dataclasses.replace(state, extra=extra)
+
+    return create(jax.random.key(0))
+
+
+def begin(method: Method, dtype: str = "float32"):
+    assert method.init({}, batch_of(1)) == ()
+    return initial(dtype), make_train_step(method, TX)
+
+
+def equal(first, second) -> bool:
+    first, second = (jax.tree.leaves(_numbers(tree)) for tree in (first, second))
+    return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _numbers(tree):
+    return jax.tree.map(
+        lambda leaf: (
+            jax.random.key_data(leaf)
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            else leaf
+        ),
+        tree,
+    )
+
+
+@EVERY
+def test_loss_is_finite_and_falls(name):
+    method = METHODS[name].build(MODEL)
+    batch = batch_of(64)
+    state, step = begin(method)
+    step = jax.jit(step)
+    losses = []
+    for _ in range(12):
+        state, metrics = step(state, batch)
+        losses.append(float(value(metrics["loss"])))
+        assert float(metrics["loss"].count) == 64
+        assert 0 <= float(value(metrics["accuracy"])) <= 1
+    assert np.isfinite(losses).all()
+    assert losses[-1] < 0.9 * losses[0]
+    assert int(state.step) == 12
+
+
+@EVERY
+def test_statistics_move_once_per_update(name):
+    """Passes in train mode whose statistics are kept are counted in `extra`."""
+    row = METHODS[name]
+
+    def apply(params, extra, x, *, train=False, key=None):
+        logits = x.reshape(x.shape[0], -1) @ params
+        return logits, {"passes": extra["passes"] + jnp.int32(train)}
+
+    method = row.build(Model(lambda key, x: (jnp.zeros(()), {}), apply))
+    step = jax.jit(make_train_step(method, optax.sgd(0.1)))
+    params = 0.1 * jax.random.normal(jax.random.key(0), (64, 10))
+    state = TrainState(
+        step=jnp.int32(0),
+        params=params,
+        extra={"passes": jnp.int32(0)},
+        opt_state=optax.sgd(0.1).init(params),
+        carry=(),
+        ema=None,
+        key=jax.random.key(0),
+    )
+    for n in range(1, 4):
+        state, _ = step(state, batch_of(4))
+        assert int(state.extra["passes"]) == n * row.updates_per_batch
+
+
+@EVERY
+def test_masked_rows_never_count(name):
+    """Garbage in masked rows changes neither gradients nor metrics.
+
+    BatchNorm in train mode mixes rows by nature, so the model here has none.
+    """
+    method = METHODS[name].build(LINEAR)
+    batch = batch_of(8)
+    params, extra = linear(batch.x)
+    mask = jnp.arange(8) < 5
+
+    @jax.jit
+    def grads(x, y):
+        masked = Batch(x, y, batch.index, mask)
+        step = jnp.zeros((), jnp.int32)
+        return method.grads(params, extra, (), masked, step, jax.random.key(1))
+
+    expected, aux = grads(batch.x, batch.y)
+    found, aux_found = grads(batch.x.at[5:].set(0.25), batch.y.at[5:].set(0))
+    assert float(aux.metrics["loss"].count) == 5
+    assert equal(expected, found) and equal(aux.metrics, aux_found.metrics)
+
+
+@EVERY
+def test_restored_at_step_k_is_as_unbroken(name, tmp_path):
+    from robustjax.training import checkpoint
+
+    method = METHODS[name].build(MODEL)
+    state, step = begin(method)
+    step = jax.jit(step)
+    for k in range(2):
+        state, _ = step(state, batch_of(16, 16 * k))
+    checkpoint.save(tmp_path, 2, state, {})
+    restored = checkpoint.restore(tmp_path, 2, jax.eval_shape(lambda s: s, state))
+    for k in range(2, 4):
+        state, _ = step(state, batch_of(16, 16 * k))
+        restored, _ = step(restored, batch_of(16, 16 * k))
+    assert equal(state, restored)
+
+
+def run_on(devices: int, name: str, dtype: str, num_steps: int):
+    batch = batch_of(16)
+    batch = batch._replace(x=np.asarray(batch.x, dtype))
+    state, step = begin(METHODS[name].build(MODEL), dtype)
+    mesh = data_mesh(jax.devices()[:devices])
+
+    @jax.jit
+    def run(state, batch):
+        batch = constrain_rows(batch, mesh)
+        body = lambda _, state: step(state, batch)[0]  # noqa: E731
+        return jax.lax.fori_loop(0, num_steps, body, state)
+
+    placed = put_global((state, batch), replicated(mesh))
+    return jax.device_get(run(*placed).params)
+
+
+@pytest.mark.parametrize("name", ["standard", "madry, batch statistics"])
+def test_one_device_is_four_devices(name):
+    one, four = (run_on(n, name, "float32", 1) for n in (1, 4))
+    difference = jax.tree.map(lambda a, b: np.abs(a - b).max(), one, four)
+    assert max(jax.tree.leaves(difference)) <= 1e-5
+
+
+@EVERY
+def test_one_device_is_four_devices_in_float64(name):
+    with jax.enable_x64(True):
+        one, four = (run_on(n, name, "float64", 20) for n in (1, 4))
+    assert jax.tree.leaves(one)[0].dtype == np.float64
+    difference = jax.tree.map(lambda a, b: np.abs(a - b).max(), one, four)
+    assert max(jax.tree.leaves(difference)) <= 1e-8
+
+
+@pytest.mark.parametrize("bn_mode", ["eval", "batch"])
+def test_no_gradient_flows_through_the_attack(bn_mode):
+    """The gradient is that of the plain loss at a constant adversarial point."""
+    batch, state = batch_of(16), initial("float32")
+    params, extra = state.params, state.extra
+    key = jax.random.key(5)
+    method = madry(MODEL, linf(0.1), ATTACK, bn_mode=bn_mode)
+    grads = jax.jit(method.grads)
+    found, aux = grads(params, extra, (), batch, jnp.int32(0), key)
+
+    @jax.jit
+    def attack(params, extra):
+        attack_key, _ = jax.random.split(key)
+        frozen = logits_fn(MODEL, params, extra, train=bn_mode == "batch")
+        problem = untargeted(frozen, batch.x, batch.y, linf(0.1), index=batch.index)
+        return ATTACK(attack_key, problem).x_adv
+
+    x_adv = np.asarray(attack(params, extra))
+    assert np.abs(x_adv - np.asarray(batch.x)).max() > 0.01
+
+    def manual(params):
+        logits, new = MODEL.apply(params, extra, jnp.asarray(x_adv), train=True)
+        return cross_entropy(logits, batch.y).mean(), new
+
+    expected, statistics = jax.jit(jax.grad(manual, has_aux=True))(params)
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    for a, b in zip(*map(jax.tree.leaves, (aux.extra, statistics)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_a_leaking_attack_is_stopped():
+    """Even an attack that returns a function of the weights gives no gradient."""
+
+    def apply(params, extra, x, *, train=False, key=None):
+        return x * params, extra
+
+    def leaking(key, problem):
+        result = ATTACK(key, problem)
+        score, _ = problem.score(problem.x, None)
+        return result._replace(x_adv=problem.x + 0.0 * score[:, None] + score[:, None])
+
+    model = Model(lambda key, x: (jnp.array(2.0), {}), apply)
+    batch = Batch(jnp.array([[0.3, 0.7]]), jnp.array([1]))
+    loss = minimax_loss(model, leaking, linf(0.1))
+
+    def total(params):
+        return loss(params, {}, (), batch, jnp.int32(0), jax.random.key(0))[0]
+
+    shift = cross_entropy(2.0 * batch.x, batch.y)[:, None]
+
+    def by_hand(params):
+        return cross_entropy((batch.x + shift) * params, batch.y).mean()
+
+    found, expected = jax.jit(jax.grad(total))(2.0), jax.jit(jax.grad(by_hand))(2.0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_index_and_not_position_decides_the_random_start():
+    batch = batch_of(8)
+    params, extra = linear(None)
+    method = madry(LINEAR, linf(0.1), one_step())
+    order = jnp.array([3, 1, 0, 2, 7, 6, 5, 4])
+    permuted = Batch(batch.x[order], batch.y[order], batch.index[order])
+    args = (jnp.int32(0), jax.random.key(2))
+    grads = jax.jit(method.grads)
+    expected, _ = grads(params, extra, (), batch, *args)
+    found, _ = grads(params, extra, (), permuted, *args)
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("preset", "epsilon", "reach"),
+    [
+        (cifar_paper, 8 / 255, 7 * 2 / 255),
+        (cifar_code, 8 / 255, 10 * 2 / 255),
+        (mnist, 0.3, 40 * 0.01),
+        (one_step, 8 / 255, 1.25 * 8 / 255),
+    ],
+)
+def test_presets_move_as_published(preset, epsilon, reach):
+    """A constant gradient moves every pixel by steps * step size, from the far corner
+    of the ball at most to the near one."""
+    weights = jnp.array([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])
+    x, signs = jnp.full((1, 3), 0.5), weights[None, :, 0]
+    problem = untargeted(lambda x: x @ weights, x, jnp.array([1]), linf(epsilon))
+    problem = problem._replace(start=x - epsilon * signs)
+    moved = jax.jit(lambda key: preset()(key, problem).x_adv)(jax.random.key(0)) - x
+    expected = (min(reach, 2 * epsilon) - epsilon) * signs
+    np.testing.assert_allclose(moved, expected, atol=1e-6)
+
+
+def test_soft_labels_train_and_are_attacked():
+    batch = batch_of(8)
+    soft = batch._replace(y=jax.nn.one_hot(batch.y, 10))
+    params, extra = linear(None)
+    method = madry(LINEAR, linf(0.1), ATTACK)
+    args = (jnp.int32(0), jax.random.key(2))
+    hard_grads, hard = jax.jit(method.grads)(params, extra, (), batch, *args)
+    soft_grads, found = jax.jit(method.grads)(params, extra, (), soft, *args)
+    for a, b in zip(*map(jax.tree.leaves, (hard_grads, soft_grads)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert value(hard.metrics["accuracy"]) == value(found.metrics["accuracy"])
+
+
+def test_smoothing_zero_is_cross_entropy_and_is_bounded():
+    logits = jax.random.normal(jax.random.key(0), (4, 10))
+    y = jnp.arange(4)
+    np.testing.assert_allclose(
+        smoothed(0.0)(logits, y), label_loss(logits, y), rtol=1e-6
+    )
+    with pytest.raises(ValueError, match=r"smoothing is 1\.0"):
+        smoothed(1.0)
+
+
+def test_a_broken_model_shows_in_the_loss():
+    logits = jnp.array([[0.0, 1.0], [jnp.nan, 0.0]])
+    batch = Batch(jnp.zeros((2, 1)), jnp.array([1, 0]))
+    assert np.isnan(batch_loss(logits, batch)[0])
+    fine = batch._replace(mask=jnp.array([True, False]))
+    assert np.isfinite(batch_loss(logits, fine)[0])
+
+
+def test_bn_mode_is_checked():
+    with pytest.raises(ValueError, match="bn_mode is 'train'.*eval"):
+        madry(MODEL, linf(0.1), ATTACK, bn_mode="train")  # type: ignore[arg-type]
+
+
+def test_carry_of_a_method_of_ones_own():
+    def loss(params, extra, carry, batch, step, key):
+        return params**2, Aux(extra, carry + 1, {})
+
+    method = from_loss(loss, lambda params, batch: jnp.zeros(()))
+    carry = method.init(jnp.array(1.0), batch_of(2))
+    _, aux = method.grads(jnp.array(1.0), {}, carry, None, 0, None)
+    assert float(aux.carry) == 1

@@ -1,0 +1,302 @@
+import dataclasses
+import io
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robustjax.data.resident import batch_at
+from robustjax.methods.madry import madry, one_step
+from robustjax.methods.standard import standard
+from robustjax.models.base import Model
+from robustjax.parallel import data_mesh
+from robustjax.threats import linf
+from robustjax.training import checkpoint
+from robustjax.training.optimizers import sgd
+from robustjax.training.weights import load_weights
+from robustjax.types import Batch
+
+ROOT = Path(__file__).parents[2]
+
+
+def same(first, second) -> bool:
+    def numbers(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        return np.asarray(leaf)
+
+    pairs = zip(*(jax.tree.leaves(tree) for tree in (first, second)), strict=True)
+    return all(np.array_equal(numbers(a), numbers(b)) for a, b in pairs)
+
+
+def timeless(history):
+    times = ("seconds", "images_per_second")
+    return [{n: v for n, v in row.items() if n not in times} for row in history]
+
+
+def rising_then_falling(params, extra):
+    """Best at step 8 of 4, 8, 12: `passes` counts the steps."""
+    passes = float(extra["passes"])
+    return {"robust_accuracy": 1 - abs(passes - 8) / 10, "clean_accuracy": 0.5}
+
+
+def go_back(out: Path, step: int) -> None:
+    """What a kill right after the checkpoint of `step` leaves: later rows, no more."""
+    for later in checkpoint.steps(out / "checkpoints"):
+        if later > step:
+            shutil.rmtree(checkpoint.path_of(out / "checkpoints", later))
+
+
+def test_it_learns_and_the_best_is_kept(train, tmp_path):
+    out = tmp_path / "run"
+    result = train(validate=rising_then_falling, out=out, num_steps=16)
+    losses = [row["loss"] for row in result.history if row["kind"] == "train"]
+    assert losses[-1] < losses[0]
+    assert result.metrics == {
+        "step": 8,
+        "robust_accuracy": 1.0,
+        "clean_accuracy": 0.5,
+    }
+    assert float(result.extra["passes"]) == 8 and int(result.state.step) == 16
+    assert checkpoint.steps(out / "checkpoints") == [8, 12, 16]
+    best = load_weights(out, (result.params, result.extra))
+    assert same(best, (result.params, result.extra))
+    last = load_weights(out, (result.params, result.extra), "last")
+    assert same(last, (result.state.params, result.state.extra))
+    rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rows == result.history
+
+
+def test_without_a_folder_the_best_is_kept_too(train, tmp_path):
+    with_folder = train(validate=rising_then_falling, out=tmp_path / "run")
+    without = train(validate=rising_then_falling)
+    assert same(with_folder.params, without.params)
+    assert with_folder.metrics == without.metrics
+
+
+@pytest.mark.parametrize("per_dispatch", [1, 3])
+def test_resumed_is_as_unbroken(train, model, tmp_path, per_dispatch):
+    settings = {
+        "method": madry(model, linf(0.1), one_step()),
+        "validate": rising_then_falling,
+        "ema_decay": 0.9,
+        "augment": lambda key, x, index: x + jax.random.bernoulli(key, shape=x.shape),
+        "steps_per_dispatch": per_dispatch,
+        "log_every": 2,
+    }
+    unbroken = train(out=tmp_path / "unbroken", **settings)
+    out = tmp_path / "killed"
+    shutil.copytree(tmp_path / "unbroken", out)
+    go_back(out, 8)
+    resumed = train(out=out, **settings)
+    assert same(unbroken.state, resumed.state)
+    assert same(unbroken.params, resumed.params)
+    assert unbroken.metrics == resumed.metrics
+    assert timeless(unbroken.history) == timeless(resumed.history)
+    starts = json.loads((out / "provenance.json").read_text())["starts"]
+    assert [start["at_step"] for start in starts] == [0, 8]
+
+
+def test_how_steps_are_dispatched_does_not_matter(train):
+    one, many = (train(steps_per_dispatch=n).state.params for n in (1, 5))
+    for a, b in zip(*map(jax.tree.leaves, (one, many)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_finished_run_is_only_read(train, tmp_path):
+    def never(params, extra):
+        raise AssertionError("nothing is left to validate")
+
+    first = train(out=tmp_path / "run", validate=rising_then_falling)
+    again = train(out=tmp_path / "run", validate=never)
+    assert same(first.params, again.params) and first.metrics == again.metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    rate: float = 0.5
+    inner: tuple[int, ...] = (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": Config(rate=0.1)}, r"config.rate = 0.5, now it is 0.1"),
+        (
+            {"config": Config(inner=(1, 3))},
+            r"config.inner = \[1, 2\], now it is \[1, 3\]",
+        ),
+        ({"config": None}, "config.rate = 0.5, now it is 'not set'"),
+        ({"batch_size": 32}, "batch_size = 16, now it is 32"),
+        ({"num_steps": 16}, "num_steps = 12, now it is 16"),
+        ({"key": jax.random.key(1)}, r"key = \[0, 0\], now it is \[0, 1\]"),
+        ({"ema_decay": 0.9}, "ema_decay = False, now it is 0.9"),
+    ],
+)
+def test_a_changed_setting_is_named(train, finished, changes, message):
+    with pytest.raises(ValueError, match=f"{message}.*another folder"):
+        train(out=finished, **{"config": Config(), **changes})
+    assert checkpoint.steps(finished / "checkpoints") == [8, 12]
+
+
+@pytest.fixture(scope="module")
+def finished(train, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    train(out=out, config=Config())
+    return out
+
+
+def test_other_data_and_another_optimizer_are_named(train, finished, data):
+    settings = {"out": finished, "config": Config()}
+    with pytest.raises(ValueError, match="data.crc32"):
+        train(data=data._replace(y=data.y[::-1]), **settings)
+    with pytest.raises(ValueError, match=r"step_00000012 does not fit.*opt_state"):
+        train(tx=sgd(0.5, momentum=0.0), **settings)
+
+
+def test_what_is_written_beside(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert config == {"rate": 0.5, "inner": [1, 2]}
+    assert json.loads((finished / "provenance.json").read_text())["starts"]
+    for path in ("config.json", "provenance.json", "metrics.jsonl"):
+        assert str(finished.parent) not in (finished / path).read_text()
+
+
+def test_a_loss_that_is_not_finite_stops_and_is_named(train, model, tmp_path):
+    def apply(params, extra, x, *, train=False, key=None):
+        logits, extra = model.apply(params, extra, x, train=train)
+        return logits / (extra["passes"] != 7), extra
+
+    broken = Model(model.init, apply)
+    out = tmp_path / "run"
+    with pytest.raises(FloatingPointError, match=r"metrics/loss.* in step 6;.*clip"):
+        train(model=broken, method=standard(broken), out=out, steps_per_dispatch=4)
+    assert checkpoint.steps(out / "checkpoints") == [4]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 64)))
+    params, _ = load_weights(out, shapes)
+    assert np.isfinite(params["kernel"]).all()
+
+
+def test_four_devices_are_one(train, model):
+    method = madry(model, linf(0.1), one_step())
+    settings = {"method": method, "steps_per_dispatch": 4, "tx": sgd(0.1)}
+    one, four = (train(mesh=mesh, **settings) for mesh in (None, data_mesh()))
+    for a, b in zip(*(jax.tree.leaves(r.params) for r in (one, four)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert len(jax.tree.leaves(four.params)[0].devices()) == 4
+    with pytest.raises(ValueError, match="batch_size 18 .* 4 devices"):
+        train(mesh=data_mesh(), batch_size=18)
+
+
+def test_batches_from_the_host(train, data):
+    """A function of the step that gives what the resident set gives: same weights."""
+    _, data_key = jax.random.split(jax.random.key(0))
+    order_key = jax.random.split(data_key, 3)[0]
+    resident = train()
+    streamed = train(data=lambda step: batch_at(data, order_key, step, 16))
+    for a, b in zip(
+        *(jax.tree.leaves(r.params) for r in (resident, streamed)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_mixed_batches_with_soft_labels(train):
+    def mix(key, batch: Batch) -> Batch:
+        soft = jax.nn.one_hot(batch.y, 10)
+        return batch._replace(
+            x=(batch.x + batch.x[::-1]) / 2, y=(soft + soft[::-1]) / 2
+        )
+
+    losses = [row["loss"] for row in train(mix=mix, checkpoint_every=6).history]
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+
+
+def test_going_on_from_given_weights_leaves_them_usable(train, model):
+    start = model.init(jax.random.key(9), jnp.zeros((1, 64)))
+    before = np.asarray(start[0]["kernel"])
+    result = train(start=start, ema_decay=0.5, num_steps=1, checkpoint_every=1)
+    np.testing.assert_array_equal(start[0]["kernel"], before)
+    assert not np.array_equal(result.state.params["kernel"], before)
+    assert np.abs(result.state.params["kernel"] - before).max() < 1
+
+
+def test_the_live_line(train):
+    stream = io.StringIO()
+    train(log=stream, validate=rising_then_falling)
+    text = stream.getvalue()
+    assert "compiled in" in text and "best so far" in text
+    assert "step 8  validation: robust_accuracy 1.0000" in text
+    last = text.splitlines()[-1]
+    for part in ("step 12/12", "epoch 3.00", "loss", "accuracy", "images/s", "ETA"):
+        assert part in last
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_epochs": 1}, "num_steps is 12 and num_epochs 1; give one"),
+        ({"num_steps": 0}, "0 steps"),
+        ({"batch_size": 65}, "batch_size is 65 with 64 examples"),
+        ({"checkpoint_every": 0}, "checkpoint_every is 0"),
+        ({"steps_per_dispatch": 0}, "steps_per_dispatch is 0"),
+        (
+            {"data": lambda step: None, "steps_per_dispatch": 2},
+            "steps_per_dispatch is 2",
+        ),
+        ({"validate": lambda p, e: {"accuracy": 1.0}}, "best_metric 'robust_accuracy'"),
+    ],
+)
+def test_messages_name_the_argument(train, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(**changes)
+
+
+def test_a_full_disc_names_what_is_safe(train, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    saved = checkpoint.ocp.save
+
+    def full(path, arrays):
+        if "00000008" in path:
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+        saved(path, arrays)
+
+    monkeypatch.setattr(checkpoint.ocp, "save", full)
+    with pytest.raises(OSError, match="step 8.*disc is full.*step 4 is intact"):
+        train(out=out)
+    monkeypatch.undo()
+    resumed = train(out=out)
+    assert same(resumed.state, train(out=tmp_path / "unbroken").state)
+
+
+def test_out_is_a_file(train, tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(NotADirectoryError, match="run is a file; give a folder"):
+        train(out=tmp_path / "run")
+
+
+def test_weights_of_no_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint of robustjax"):
+        load_weights(tmp_path, ({}, {}))
+
+
+def test_num_epochs_and_the_default_checkpoint(train):
+    result = train(num_steps=None, num_epochs=2, checkpoint_every=None)
+    assert int(result.state.step) == 8
+    assert [row["step"] for row in result.history] == [4, 8]
+
+
+def test_killed_in_a_checkpoint_and_resumed():
+    """The real thing: SIGKILL in the middle of a save, in a process of its own."""
+    done = subprocess.run(
+        [ROOT / "scripts" / "prove_resume", "--fast", "--kills", "1", "--seed", "1"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "in a checkpoint" in done.stdout and ".saving_" in done.stdout
+    assert "all equal" in done.stdout
