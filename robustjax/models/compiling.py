@@ -1,0 +1,37 @@
+"""Compiler options that make convolutions faster on CPU, where jaxlib knows them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+ONEDNN = {
+    "xla_cpu_experimental_onednn_custom_call": True,
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+}
+"""Convolutions by oneDNN instead of Eigen and YNNPACK; matrix products as they are."""
+
+
+@functools.cache
+def convolution_options() -> dict[str, bool | str]:
+    """Options for `jax.jit(f, compiler_options=...)` under which oneDNN convolves.
+
+    On CPU, an input gradient of PreActResNet-18 takes about a fifth less. The options
+    belong to one compiled program: nothing global changes, and a jaxlib that does not
+    know them is found out by a trial compilation (with `XLA_FLAGS` it would abort).
+    Results differ from those without the options by float32 rounding.
+
+    Returns:
+        The options, or `{}` where they do not apply.
+
+    >>> f = jax.jit(lambda x: 2 * x, compiler_options=convolution_options())
+    >>> float(f(1.0))
+    2.0
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    try:
+        jax.jit(jnp.negative, compiler_options=ONEDNN).lower(1.0).compile()
+    except Exception:  # what an unknown option raises differs between versions
+        return {}
+    return dict(ONEDNN)

@@ -1,0 +1,143 @@
+"""The zoo: shapes, sizes, modes, and layers against independent arithmetic."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from robustjax import models
+from robustjax.models.layers import BatchNorm, average_pool, max_pool, normalize
+
+KEY = jax.random.key(0)
+
+
+def uniform(*shape, seed=0):
+    return np.random.default_rng(seed).uniform(size=shape).astype("float32")
+
+
+def parameters(model, shape):
+    params, _ = jax.eval_shape(model.init, KEY, jnp.zeros(shape))
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_sizes_are_the_published_ones():
+    image = (1, 32, 32, 3)
+    # kuangliu/pytorch-cifar's PreActResNet18 has 11,171,146 and no last BatchNorm.
+    assert parameters(models.preact_resnet18(), image) == 11_171_146 + 2 * 512
+    # Zagoruyko & Komodakis, table 1: 36.5 M (28-10) and 8.9 M (40-4).
+    assert parameters(models.wide_resnet(28, 10), image) == 36_479_194
+    assert round(parameters(models.wide_resnet(40, 4), image) / 1e5) == 89
+    assert parameters(models.madry_mnist(), (1, 28, 28, 1)) == 3_274_634
+
+
+MODELS = {
+    "mlp": (models.mlp, {"features": (8,)}),
+    "small_cnn": (models.small_cnn, {"channels": (4, 6), "hidden": 8}),
+    "madry_mnist": (models.madry_mnist, {"channels": (4, 6), "hidden": 8}),
+    "preact_resnet18": (
+        models.preact_resnet18,
+        {"width": 1, "activation": "silu", "batch_groups": 2},
+    ),
+    "wide_resnet": (models.wide_resnet, {"depth": 10, "widen_factor": 1}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_float32_in_both_precisions_and_convolutions_agree(name):
+    make, options = MODELS[name]
+    x = uniform(4, 8, 8, 3)
+
+    def build(**more):
+        return make(num_classes=3, **options, **more)
+
+    model = build(mean=(0.5,), std=(0.25, 0.2, 0.3))
+    params, extra = jax.jit(model.init)(KEY, x)
+    logits, updated = jax.jit(model.apply, static_argnames="train")(
+        params, extra, x, train=True
+    )
+    assert logits.shape == (4, 3) and logits.dtype == jnp.float32
+    assert jax.tree.structure(updated) == jax.tree.structure(extra)
+    assert bool(extra) == ("resnet" in name)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    half = build(mean=(0.5,), std=(0.25, 0.2, 0.3), dtype=jnp.bfloat16)
+    rough, _ = jax.jit(half.apply)(params, extra, x)
+    exact, _ = jax.jit(model.apply)(params, extra, x)
+    assert rough.dtype == jnp.float32 and not np.array_equal(rough, exact)
+    np.testing.assert_allclose(rough, exact, atol=0.1 * float(jnp.abs(exact).max()))
+    if name != "mlp":  # the switch to forward mode takes the same weights
+        plain = build(mean=(0.5,), std=(0.25, 0.2, 0.3), convolution="plain")
+        value, tangent = jax.jit(
+            lambda x: jax.jvp(lambda x: plain.apply(params, extra, x)[0], (x,), (x,))
+        )(x)
+        np.testing.assert_allclose(value, exact, atol=1e-4)
+        assert tangent.shape == exact.shape
+
+
+def test_ghost_groups_are_separate_batches():
+    norm, one = BatchNorm(batch_groups=2), BatchNorm()
+    x = 3 * uniform(6, 2, 2, 5) + 1
+    variables = norm.init(KEY, x, train=True)
+    both, _ = norm.apply(variables, x, train=True, mutable="batch_stats")
+    halves = [
+        one.apply(variables, half, train=True, mutable="batch_stats")[0]
+        for half in (x[:3], x[3:])
+    ]
+    np.testing.assert_allclose(both, np.concatenate(halves), atol=1e-5)
+    with pytest.raises(ValueError, match="batch_groups=2"):
+        norm.apply(variables, x[:5], train=True, mutable="batch_stats")
+
+
+def test_batch_norm_follows_its_definition():
+    x = 3 * uniform(6, 2, 2, 5) + 1
+    norm = BatchNorm(momentum=0.9, tiny=1e-5)
+    variables = norm.init(KEY, x, train=False)
+    scale, bias = uniform(5, seed=1), uniform(5, seed=2)
+    variables = {**variables, "params": {"scale": scale, "bias": bias}}
+    out, new = norm.apply(variables, x, train=True, mutable="batch_stats")
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    np.testing.assert_allclose(
+        out, (x - mean) / np.sqrt(var + 1e-5) * scale + bias, atol=1e-4
+    )
+    stats = jax.tree.map(np.asarray, new["batch_stats"])
+    np.testing.assert_allclose(stats["mean"], 0.1 * mean, rtol=1e-5)
+    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * var * 24 / 23, rtol=1e-5)
+    judged = norm.apply({**variables, **new}, x, train=False)
+    np.testing.assert_allclose(
+        judged,
+        (x - stats["mean"]) / np.sqrt(stats["var"] + 1e-5) * scale + bias,
+        atol=1e-4,
+    )
+
+
+def test_pooling_agrees_with_reduce_window_and_shares_ties():
+    x = uniform(2, 7, 8, 3)
+
+    def reference(x):
+        return lax.reduce_window(
+            x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
+        )
+
+    np.testing.assert_array_equal(max_pool(x), reference(x))
+    weight = uniform(2, 3, 4, 3, seed=1)
+    ours, theirs = (
+        jax.grad(lambda x, f=f: jnp.sum(weight * f(x)))(x)
+        for f in (max_pool, reference)
+    )
+    np.testing.assert_array_equal(ours, theirs)
+    tied = jax.grad(lambda x: jnp.sum(max_pool(x)))(jnp.zeros((1, 2, 2, 1)))
+    np.testing.assert_array_equal(tied, np.full((1, 2, 2, 1), 0.25))
+    np.testing.assert_allclose(
+        average_pool(x, 3), x[:, :6, :6].reshape(2, 2, 3, 2, 3, 3).mean((2, 4)), 1e-5
+    )
+
+
+def test_bad_arguments_say_the_fix():
+    with pytest.raises(ValueError, match="one per channel"):
+        normalize(jnp.zeros((1, 4, 4, 3)), (0.5, 0.5), (1.0,))
+    with pytest.raises(ValueError, match="depth=12"):
+        models.wide_resnet(12, 1)
+    with pytest.raises(ValueError, match="activation='swish'"):
+        models.mlp((4,), activation="swish").init(KEY, jnp.zeros((1, 4)))
+    with pytest.raises(ValueError, match="cannot pool"):
+        max_pool(jnp.zeros((1, 1, 4, 1)))
