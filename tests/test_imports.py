@@ -32,7 +32,8 @@ NEIGHBORS = {
     "logging": {"metrics", "parallel"},
     "data": {"parallel"},
     "methods": {"models.base", "metrics"},
-    "evaluation": {"models.base", "data", "metrics", "logging", "parallel"},
+    "evaluation": {"models.base", "models.canonical", "data", "metrics"}
+    | {"logging", "parallel"},
     "testing": FLOORS[5],
 }
 # Third-party packages and names that one room only may know.

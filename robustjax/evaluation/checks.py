@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robustjax.losses import cross_entropy, finite
+from robustjax.models.canonical import count_convolutions
 from robustjax.threats import ThreatModel
 from robustjax.types import Array
 
@@ -139,6 +140,46 @@ def _check_epsilon(threat: ThreatModel, count: int) -> None:
         )
     if np.isnan(epsilon).any() or (epsilon < 0).any():
         raise ValueError(f"threat.epsilon={epsilon}: must be 0 or more.")
+
+
+class CostWarning(UserWarning):
+    """Something makes an attack slower than it need be; results are not affected."""
+
+
+CONSTANT_LIMIT = 2**20
+
+
+def note_costs(logits_fn: Callable[..., Array], x: Any) -> None:
+    """Warn of what makes attacks on this function slow to compile or to run.
+
+    Args:
+      logits_fn: `f(x, key)`.
+      x: `[B, ...]`, an array or its shape and dtype.
+
+    >>> note_costs(lambda x, key: x, jax.ShapeDtypeStruct((1, 2), jnp.float32))
+    """
+    closed = jax.make_jaxpr(logits_fn)(x, jax.random.key(0))
+    size = sum(getattr(c, "nbytes", 0) for c in closed.consts)
+    # The leaves of a Partial come in as constants here, but travel as data.
+    size -= sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(logits_fn))
+    if size > CONSTANT_LIMIT:
+        warnings.warn(
+            f"logits_fn closes over {size / 2**20:.0f} MB of weights: they become "
+            "constants of every compiled program, and another checkpoint compiles "
+            "anew. Pass them as data: jax.tree_util.Partial(f, params).",
+            CostWarning,
+            stacklevel=4,
+        )
+    _, left = count_convolutions(logits_fn, x)
+    if left and jax.default_backend() == "cpu":
+        warnings.warn(
+            f"{left} of the model's convolutions lie where they cannot be rewritten "
+            "(in scan, while, cond, a custom derivative, or with groups): on CPU their "
+            "gradients run 10 to 15 times slower in an attack's loop. "
+            "See docs/models.md.",
+            CostWarning,
+            stacklevel=4,
+        )
 
 
 def check_key(key: Any) -> Array:
