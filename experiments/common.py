@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import jax.numpy as jnp
 import numpy as np
 
 import robustjax as rj
@@ -30,7 +31,7 @@ NOT_TRAINING = ("preset", "out", "data_dir", "num_test", "test_steps", "num_rest
 
 def parse(
     default: Config | Mapping[str, Config],
-    document: str,
+    document: str | None,
     argv: Sequence[str] | None = None,
 ) -> Config:
     """Read typed flags, which begin at `default` or at that of `--preset NAME`.
@@ -48,7 +49,7 @@ def parse(
                 chosen = default.get(joined or value, chosen)
     else:
         chosen = default
-    title, commands = document.split("\n\n")[:2]
+    title, commands = (document or "").split("\n\n")[:2]
     lines = [line.strip() for line in commands.splitlines()]
     return tyro.cli(
         type(chosen),
@@ -57,6 +58,18 @@ def parse(
         prog=next(" ".join(n.split()[:3]) for n in lines if n.startswith("python -m")),
         description="\n\n".join([title, *lines]),
     )
+
+
+class Start(NamedTuple):
+    """When and from what an experiment was started."""
+
+    seconds: float
+    provenance: dict[str, Any]
+
+
+def start() -> Start:
+    """Call it first: the code may change while an experiment runs."""
+    return Start(time.monotonic(), provenance())
 
 
 class Splits(NamedTuple):
@@ -85,7 +98,7 @@ def load_splits(
     print(used)
 
     def floats(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return np.asarray(data.to_float(x, found.max_value)), y
+        return np.asarray(data.to_float(jnp.asarray(x), found.max_value)), y
 
     on_device = data.resident(*train, found.max_value)
     return Splits(on_device, floats(*held_out), floats(*test), found.num_classes, used)
@@ -164,7 +177,7 @@ def measure(
     splits: Splits,
     threat: rj.ThreatModel,
     attacks: Mapping[str, rj.AttackFn],
-    began: float,
+    began: Start,
 ) -> dict[str, Any]:
     """Evaluate the chosen checkpoint on the test images; print and save the results."""
     f = models.logits_fn(model, trained.params, trained.extra)
@@ -184,13 +197,14 @@ def measure(
 
 
 def save_results(
-    out: str | Path, results: Mapping[str, Any], began: float
+    out: str | Path, results: Mapping[str, Any], began: Start
 ) -> dict[str, Any]:
-    """Write `results.json` and say where it is; `seconds` is this process's time."""
-    seconds = {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time()}
-    results = {**results, **seconds}
+    """Write `results.json` and say where it is; seconds are this process's."""
+    seconds = time.monotonic() - began.seconds
+    times = {"seconds": seconds, "cpu_seconds": time.process_time()}
+    results = {**results, **times}
     path = Path(out) / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**results, "provenance": provenance()})
-    print(f"{path} ({duration(seconds['seconds'])})")
+    write_json(path, {**results, "provenance": began.provenance})
+    print(f"{path} ({duration(seconds)})")
     return results

@@ -8,7 +8,6 @@ broke it, and the worst point found) and `results.json` into `--out`.
 """
 
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,7 +82,7 @@ def load_run(
 
 
 def main(config: Config) -> dict[str, Any]:
-    began = time.monotonic()
+    began = common.start()
     f, dataset, trained = load_run(config.run, config.which)
     splits = common.load_splits(dataset, config.data_dir, 0, 0, config.num_test)
     budgets = config.epsilons or tuple(BUDGETS[dataset][n] for n in config.norms)

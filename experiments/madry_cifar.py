@@ -7,7 +7,6 @@ The paper's row (Linf, 8/255): clean 87.3, FGSM 56.1, PGD-7 50.0, PGD-20 45.8.
 """
 
 import dataclasses
-import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -96,7 +95,7 @@ PRESETS = {
 
 
 def main(config: Config) -> dict[str, Any]:
-    began = time.monotonic()
+    began = common.start()
     splits = common.load_splits(
         "cifar10",
         config.data_dir,

@@ -5,7 +5,6 @@ python -m experiments.quickstart --out runs/quickstart
 """
 
 import functools
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,12 +38,14 @@ class Config:
     model: str = "small_cnn"
     """Two convolutions, each pooled, and a hidden layer."""
     linf: float = 0.15
-    """Largest change of any pixel (1: from black to white). `madry` learns with it."""
+    """Largest change of any pixel (1: from black to white)."""
     l2: float = 0.5
     """Largest Euclidean length of a change."""
     l1: float = 1.5
     """Largest sum of all pixels' changes."""
-    num_epochs: int = 60
+    train_linf: float = 0.2
+    """The budget that `madry` learns with: a little more than it is tested with."""
+    num_epochs: int = 50
     """Passes over the training images, for each net."""
     batch_size: int = 64
     """Images per step."""
@@ -82,104 +83,80 @@ def train(config: Config, name: str, method: Method, model, splits) -> rj.Logits
 
 @functools.partial(jax.jit, static_argnums=0)
 def attack_all(attack_fn: rj.AttackFn, f, x, y, threats: rj.ThreatModel):
-    """N stacked threats in one vmapped call: who resists `[N, B]`, and the Result."""
+    """N stacked threats in one vmapped call: who resists `[N, B]`, and `x_adv`."""
     attacked = rj.over_threats(attack_fn, threats, how="vmap")
     result = attacked(jax.random.key(0), rj.untargeted(f, x, y, rj.linf(0.0)))
     correct = rj.predictions(f(x)) == y
-    return ~result.success & correct[None], result
-
-
-def draw(out: Path, x, y, x_adv, sees, curves, budgets) -> None:
-    """Write accuracy.png, examples.png, and quickstart.png with both."""
-    examples = [  # three columns for each threat: the first nine test images
-        plots.Attacked(
-            x[i],
-            str(y[i]),
-            {net: found[i // 3, i] for net, found in x_adv.items()},
-            {net: str(found[i // 3, i]) for net, found in sees.items()},
-            f"{list(budgets)[i // 3]} {list(budgets.values())[i // 3]:g}",
-        )
-        for i in range(min(9, len(y)))
-    ]
-    both = plots.new_figure(9, 8.2)
-    top, bottom = both.subfigures(2, 1, height_ratios=(3, 5.2))
-    for name, upper, lower in (
-        ("accuracy", plots.new_figure(9, 3), None),
-        ("examples", None, plots.new_figure(9, 5.2)),
-        ("quickstart", top, bottom),
-    ):
-        if upper is not None:
-            plots.draw_curves(upper, curves, budgets)
-        if lower is not None:
-            plots.draw_examples(lower, examples)
-        plots.save(both if upper is top else upper or lower, out / f"{name}.png")
+    return ~result.success & correct[None], result.x_adv
 
 
 def main(config: Config) -> dict[str, Any]:
-    began = time.monotonic()
+    began = common.start()
     splits = common.load_splits("digits", None, config.seed, 0, config.num_test)
     x, y = splits.test
     budgets = {"Linf": config.linf, "L2": config.l2, "L1": config.l1}
-    threats = {name: rj.threat(name, epsilon) for name, epsilon in budgets.items()}
+    threats = rj.stack([rj.threat(name, budget) for name, budget in budgets.items()])
+    grid = rj.stack([rj.threat(n, b * s) for n, b in budgets.items() for s in GRID])
+    attacks = {
+        "noise": rj.noise(num_samples=20),
+        "fgsm": rj.fgsm(),
+        "robust_accuracy": rj.pgd(config.test_steps, num_restarts=config.num_restarts),
+    }
+    curve_attack = rj.pgd(20)
     model = common.build_model(config.model, config.dataset)
     inner = rj.pgd(config.attack_steps, keep=rj.last)
     methods = {
         "standard": standard(model),
-        "madry": madry(model, threats["Linf"], inner),
+        "madry": madry(model, rj.linf(config.train_linf), inner),
     }
     nets = {n: train(config, n, m, model, splits) for n, m in methods.items()}
 
-    attacks = {
-        "random_noise": rj.noise(num_samples=20),
-        "fgsm": rj.fgsm(),
-        "robust_accuracy": rj.pgd(config.test_steps, num_restarts=config.num_restarts),
-    }
-    stacked = rj.stack(list(threats.values()))
-    grid = rj.stack([rj.threat(n, b * s) for n, b in budgets.items() for s in GRID])
-    curve_attack = rj.pgd(20)
     print(f"attacking both: PGD-{config.test_steps}, {config.num_restarts} restarts")
     results: dict[str, Any] = {}
-    x_adv, sees = {}, {}
     curves: dict[str, dict[str, plots.Curve]] = {name: {} for name in budgets}
+    x_adv, answers = {}, {}
     for net, f in nets.items():
         clean = float((rj.predictions(f(jnp.asarray(x))) == y).mean())
         results[net] = {"clean_accuracy": clean}
         for name, attack_fn in attacks.items():
-            robust, result = attack_all(attack_fn, f, x, y, stacked)
-            found = np.asarray(robust).mean(-1).tolist()
+            robust, x_adv[net] = attack_all(attack_fn, f, x, y, threats)
+            found = robust.mean(-1).tolist()
             results[net][name] = dict(zip(budgets, found, strict=True))
-        x_adv[net] = np.asarray(result.x_adv)
-        sees[net] = np.asarray(
-            jax.vmap(lambda x, f=f: rj.predictions(f(x)))(x_adv[net])
-        )
+        answers[net] = jax.vmap(lambda x, f=f: rj.predictions(f(x)))(x_adv[net])
         robust, _ = attack_all(curve_attack, f, x, y, grid)
-        rows = np.asarray(robust).mean(-1).reshape(len(budgets), -1)
+        rows = robust.mean(-1).reshape(len(budgets), -1).tolist()
         for (name, budget), row in zip(budgets.items(), rows, strict=True):
-            epsilons = [0.0, *(budget * s for s in GRID)]
-            curves[name][net] = plots.Curve(epsilons, [clean, *row.tolist()])
-    draw(Path(config.out), x, y, x_adv, sees, curves, budgets)
-    print(table(results, budgets, config))
+            epsilon = [0.0, *(budget * s for s in GRID)]
+            curves[name][net] = plots.Curve(epsilon, [clean, *row])
+
+    examples = [  # the first nine test images, three for each threat
+        plots.Attacked(
+            x[i],
+            str(y[i]),
+            {net: np.asarray(x_adv[net][i // 3, i]) for net in nets},
+            {net: str(answers[net][i // 3, i]) for net in nets},
+            f"{list(budgets)[i // 3]} {list(budgets.values())[i // 3]:g}",
+        )
+        for i in range(9)
+    ]
+    plots.save(plots.draw_curves(curves, budgets), Path(config.out) / "accuracy.png")
+    plots.save(plots.draw_examples(examples), Path(config.out) / "examples.png")
+    both = plots.draw_both(curves, examples, budgets)
+    plots.save(both, Path(config.out) / "quickstart.png")
+    print(table(results, budgets))
     return common.save_results(config.out, {**results, "data": splits.used}, began)
 
 
-def table(results: dict[str, Any], budgets: dict[str, float], config: Config) -> str:
-    """The measurement as text: a row per attack and threat, a column per net."""
-    names = {
-        "random_noise": "noise, worst of 20",
-        "fgsm": "FGSM",
-        "robust_accuracy": f"PGD-{config.test_steps}, {config.num_restarts} restarts",
-    }
-    nets = list(results)
-    lines = [f"{'accuracy':34}" + "".join(f"{net:>10}" for net in nets)]
-    lines.append("-" * len(lines[0]))
-    clean = [results[net]["clean_accuracy"] for net in nets]
-    lines.append(f"{'clean':34}" + "".join(f"{value:10.3f}" for value in clean))
+def table(results: dict[str, Any], budgets: dict[str, float]) -> str:
+    """The measurement as text: a row per threat and attack, a column per net."""
+    rows = [["accuracy", *results], ["clean"]]
+    rows[1] += [f"{found['clean_accuracy']:.3f}" for found in results.values()]
+    names = {"noise": "random noise", "fgsm": "FGSM", "robust_accuracy": "PGD"}
     for threat, epsilon in budgets.items():
         for key, name in names.items():
-            values = [results[net][key][threat] for net in nets]
-            head = f"{threat + f' {epsilon:g}':12}{name:22}"
-            lines.append(head + "".join(f"{value:10.3f}" for value in values))
-    return "\n".join(lines)
+            values = [f"{found[key][threat]:.3f}" for found in results.values()]
+            rows.append([f"{threat} {epsilon:g}".ljust(10) + name, *values])
+    return "\n".join(f"{head:24}{one:>10}{two:>10}" for head, one, two in rows)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Matplotlib is imported by the functions that draw; no window and no global state
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -53,17 +54,22 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def draw_curves(
-    figure: "Figure | SubFigure",
     curves: Mapping[str, Mapping[str, Curve]],
     marked: Mapping[str, float] | None = None,
-) -> None:
+    figure: "Figure | SubFigure | None" = None,
+) -> "Figure | SubFigure":
     """Accuracy against epsilon: a panel per threat, a line per net.
 
     Args:
-      figure: to draw into.
       curves: panel -> net -> `Curve`.
       marked: panel -> the epsilon that is marked by a dotted line.
+      figure: to draw into; None: a new one.
+
+    Returns:
+      The figure; `save` writes it.
     """
+    if figure is None:
+        figure = new_figure(3 * len(curves), 3)
     panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
     for axes, (panel, nets) in zip(panels, curves.items(), strict=True):
         if marked and panel in marked:
@@ -85,13 +91,12 @@ def draw_curves(
         axes.set_axisbelow(True)
     panels[0].set_ylabel("accuracy under attack")
     panels[0].legend(frameon=False, loc="lower left", title="trained")
+    return figure
 
 
 def draw_examples(
-    figure: "Figure | SubFigure",
-    examples: Sequence[Attacked],
-    scale: Mapping[str, float] | None = None,
-) -> None:
+    examples: Sequence[Attacked], figure: "Figure | SubFigure | None" = None
+) -> "Figure | SubFigure":
     """Images, perturbations and predictions: a column per example.
 
     Rows: the clean image; then for each net the perturbation (gray is none, brighter
@@ -99,12 +104,16 @@ def draw_examples(
     it is wrong.
 
     Args:
-      figure: to draw into.
-      examples: the columns; neighbors of one title are grouped.
-      scale: title -> the change that is drawn as black or white; absent: the largest
-        in the group.
+      examples: the columns; neighbors of one title are grouped, and the largest change
+        in a group is drawn as black or white.
+      figure: to draw into; None: a new one.
+
+    Returns:
+      The figure; `save` writes it.
     """
     nets = list(examples[0].x_adv)
+    if figure is None:
+        figure = new_figure(1.2 + 0.9 * len(examples), 0.8 + 0.9 * (1 + 2 * len(nets)))
     rows, columns = 1 + 2 * len(nets), len(examples)
     groups = list(dict.fromkeys(example.title for example in examples))
     # A thin empty column between two groups.
@@ -116,8 +125,7 @@ def draw_examples(
         widths.append(1.0)
     grid = figure.add_gridspec(rows, len(widths), width_ratios=widths)
     largest = {
-        group: (scale or {}).get(group)
-        or max(
+        group: max(
             float(np.abs(x_adv - example.x).max())
             for example in examples
             if example.title == group
@@ -152,6 +160,7 @@ def draw_examples(
                 )
         if i == 0 or example.title != examples[i - 1].title:
             panels[0].set_title(example.title, loc="left", color=INK, fontsize=11)
+    return figure
 
 
 def _show(axes, image: np.ndarray) -> None:
@@ -162,6 +171,21 @@ def _show(axes, image: np.ndarray) -> None:
     axes.set(xticks=[], yticks=[])
 
 
-def save(figure: "Figure", path: str | os.PathLike[str]) -> None:
-    """Write the figure as PNG."""
-    figure.savefig(path, format="png")
+def draw_both(
+    curves: Mapping[str, Mapping[str, Curve]],
+    examples: Sequence[Attacked],
+    marked: Mapping[str, float] | None = None,
+) -> "Figure":
+    """`draw_curves` above `draw_examples`, in one figure."""
+    figure = new_figure(9, 8.2)
+    parts = figure.subfigures(2, 1, height_ratios=(3, 5.2), squeeze=False)
+    top, bottom = np.ravel(parts)
+    draw_curves(curves, marked, top)
+    draw_examples(examples, bottom)
+    return figure
+
+
+def save(figure: "Figure | SubFigure", path: str | os.PathLike[str]) -> None:
+    """Write the figure as PNG, in a folder that is made where it is missing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.figure.savefig(path, format="png")  # a part of a figure: all of it
