@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-EVERY, FAST_STEPS, STEPS = 25, 100, 600
+EVERY, FAST_STEPS, STEPS = 25, 100, 300
 TIMES = ("seconds", "images_per_second")
 
 

@@ -198,7 +198,8 @@ def test_batches_from_the_host(train, data):
     _, data_key = jax.random.split(jax.random.key(0))
     order_key = jax.random.split(data_key, 3)[0]
     resident = train()
-    streamed = train(data=lambda step: batch_at(data, order_key, step, 16))
+    batch = jax.jit(lambda step: batch_at(data, order_key, step, 16))
+    streamed = train(data=lambda step: batch(np.int32(step)))
     for a, b in zip(
         *(jax.tree.leaves(r.params) for r in (resident, streamed)), strict=True
     ):
