@@ -273,6 +273,23 @@ def steepest(threat: ThreatModel, grad: Array) -> Array:
     return jax.vmap(threat.norm.steepest)(grad)
 
 
+def free_gradient(threat: ThreatModel, x_adv: Array, grad: Array) -> Array:
+    """The gradient without what points out of the box, `[B, ...]`.
+
+    A coordinate on a face of the box cannot move outwards: a step that is spent there
+    is lost. So under L1, whose steepest step is one coordinate, and under L2.
+
+    >>> print(free_gradient(linf(0.1), jnp.array([[1.0, 0.5]]), jnp.ones((1, 2))))
+    [[0. 1.]]
+    """
+
+    def one(x_adv, grad):
+        stuck = (x_adv >= threat.upper) & (grad > 0)
+        return jnp.where(stuck | ((x_adv <= threat.lower) & (grad < 0)), 0, grad)
+
+    return jax.vmap(one)(x_adv, grad)
+
+
 def scale(threat: ThreatModel, update: Array) -> Array:
     """`epsilon * update`, `[B, ...]`: a move in units of epsilon as a perturbation.
 

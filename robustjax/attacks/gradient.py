@@ -89,7 +89,8 @@ def attack_step(
 ) -> tuple[GradientState, Info]:
     """One step of gradient ascent on the score, inside ball and box.
 
-    `delta <- project(x, delta + epsilon * direction(grad))`.
+    `delta <- project(x, delta + epsilon * direction(grad))`, where the gradient leaves
+    out the coordinates on a face of the box that it would push through that face.
 
     Args:
       key: for models that are random; consumed.
@@ -114,6 +115,7 @@ def attack_step(
     threat = problem.threat
     x_adv = threats.apply(threat, problem.x, state.delta)
     score, logits, grad = score_and_grad(problem, x_adv, key)
+    grad = threats.free_gradient(threat, x_adv, grad)
     updates, opt_state = direction.update(grad, state.opt_state, state.delta)
     move = threats.scale(threat, jnp.asarray(updates))
     delta = threats.project(threat, problem.x, state.delta + move)

@@ -31,7 +31,7 @@ class Row(NamedTuple):
 def _large_steps(norm):
     # L0 has no scale: a step far beyond the box lets the projection choose the best
     # coordinates, which is the exact worst case of a linear model.
-    return optax.chain(rj.sparse_steepest(norm, 1.0), optax.scale(1e4))
+    return optax.chain(rj.normalize_l1(), optax.scale(1e3))
 
 
 def _under_any_of(key, problem):
@@ -49,7 +49,9 @@ ROWS = {
     "pgd, L0": Row(rj.run(rj.gradient_ascent(_large_steps, False), 5), ("L0",)),
     "restarts": Row(rj.pgd(40, 0.5, num_restarts=2), ("L2",)),
     "pgd, last": Row(rj.pgd(60, 0.5, keep=rj.last), ("L2",)),
-    "momentum": Row(rj.momentum(100, 0.5), ("Linf", "L2", "L1")),
+    "momentum": Row(rj.momentum(100, 0.5), ("Linf", "L2")),
+    # Momentum goes on pushing a coordinate that has reached the box.
+    "momentum, L1": Row(rj.momentum(100, 0.5), ("L1",), 2e-3),
     "adam": Row(rj.adam(40, 0.5), ("Linf",)),
     # Adam divides by each coordinate's own size: near L2's optimum it still turns.
     "adam, L2": Row(rj.adam(100, 0.5), ("L2",), 0.25),
@@ -116,15 +118,18 @@ def test_one_trace_for_other_keys_labels_budgets_and_inputs(name):
     oracle = testing.linear_oracle(row.norms[0])
     make = type(oracle.threat.norm)
 
+    traces = []
+
     @jax.jit
-    @chex.assert_max_traces(n=1)
     def go(key, x, y, epsilon):
+        traces.append(None)
         threat = rj.ThreatModel(make(), epsilon)
         return row.attack_fn(key, rj.untargeted(oracle.logits_fn, x, y, threat))
 
     for seed, epsilon in enumerate((0.1, 0.2, 0.3)):
         x, y = oracle.x + seed, (oracle.y + seed) % 2
         go(jax.random.key(seed), x, y, jnp.float32(epsilon))
+    assert len(traces) == 1
 
 
 @pytest.mark.parametrize("name", ["pgd", "noise, uniform"])

@@ -1,0 +1,75 @@
+"""Our attacks on nets that others trained, against the official AutoAttack's verdicts.
+
+Per example: clean predictions equal; nothing is broken that AutoAttack, a much longer
+attack, calls robust (on these nets its verdict is exact, to `EXTRA` examples); and PGD
+leaves at most a few points that it breaks.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import robustjax as rj
+from robustjax import data, models
+from robustjax.models.importers.layers import from_layers
+
+SHARED = Path(__file__).parents[2] / "shared"
+COUNT = 100
+EXTRA = 1
+ATTACKS = {
+    "PGD-40": rj.pgd(40),
+    "targeted PGD-20": rj.multi_target(rj.pgd(20), 3),
+}
+
+pytestmark = pytest.mark.skipif(
+    not (SHARED / "reference").is_dir(),
+    reason="needs ../shared: third-party nets, data and AutoAttack's verdicts",
+)
+
+# name, data set, threat, reference, examples that PGD may miss of those it breaks
+CASES = [
+    ("eran_cifar_convsmall_pgd", "cifar10", rj.linf("2/255"), "Linf_2over255", 1),
+    ("eran_cifar_convsmall_pgd", "cifar10", rj.l2(0.25), "L2_0.25", 1),
+    ("eran_cifar_convsmall_pgd", "cifar10", rj.l1(5.0), "L1_5", 8),
+    ("vnncomp_cifar_resnet2b", "cifar10", rj.linf("2/255"), "Linf_2over255", 1),
+    ("kw_fashion_eps01", "fashion_mnist", rj.linf(0.1), "Linf_0.1", 2),
+]
+
+
+def _load(name):
+    folder = SHARED / "models" / name
+    spec = json.loads((folder / "net.json").read_text())
+    with np.load(folder / "weights.npz") as weights:
+        model = from_layers(spec["layers"], dict(weights))
+    return models.logits_fn(model, *model.init(jax.random.key(0), None))
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "threat", "reference", "most_missed"),
+    CASES,
+    ids=[f"{case[0]}-{case[3]}" for case in CASES],
+)
+def test_pgd_against_autoattack(name, dataset, threat, reference, most_missed):
+    with np.load(SHARED / "reference" / f"{name}_{reference}.npz") as arrays:
+        known = {key: arrays[key][:COUNT] for key in arrays.files}
+    images = data.load(dataset, SHARED / "data").x_test[known["index"]]
+    report = rj.evaluate(
+        _load(name),
+        images.astype(np.float32) / 255,
+        known["label"],
+        threat,
+        attacks=ATTACKS,
+        index=known["index"],
+        batch_size=COUNT,
+        progress=False,
+    )
+    assert report.flags == []
+    np.testing.assert_array_equal(report.correct, known["clean_correct"])
+    extra = known["robust"] & ~report.robust
+    assert extra.sum() <= EXTRA, f"broken, though AutoAttack calls them robust: {extra}"
+    missed = (report.robust & ~known["robust"]).sum()
+    print(name, reference, missed, extra.sum())
+    assert missed <= most_missed
