@@ -55,8 +55,8 @@ def train(out: Path, fast: bool) -> None:
     result = fit(
         jax.random.key(3),
         model,
-        madry(model, linf(0.15), pgd(5, 0.3, keep=last)),
-        optimizers.sgd(optimizers.one_cycle(0.1, steps), weight_decay=5e-4),
+        madry(model, linf(0.1), pgd(5, 0.3, keep=last)),
+        optimizers.sgd(optimizers.one_cycle(0.03, steps), weight_decay=5e-4),
         resident(digits.x_train, digits.y_train, digits.max_value),
         batch_size=64,
         num_steps=steps,
@@ -135,7 +135,7 @@ def prove(kills: int, fast: bool, seed: int, folder: Path) -> bool:
     began = time.monotonic()
     unbroken = finish(folder / "unbroken", fast)
     print(f"unbroken run: {unbroken['sha256'][:16]}, best {unbroken['best']}")
-    print(f"{'killed':<20}{'last whole':<16}{'half written':<20}{'state':<18}equal")
+    print(f"{'killed':<20}{'last whole':<16}{'half written':<32}{'state':<18}equal")
     equal = True
     for number in range(kills):
         out = folder / f"killed_{number}"
@@ -153,7 +153,7 @@ def prove(kills: int, fast: bool, seed: int, folder: Path) -> bool:
         same = resumed == unbroken
         equal &= same
         moment = "in a checkpoint" if in_checkpoint else "at a random moment"
-        print(f"{moment:<20}{whole:<16}{half:<20}{resumed['sha256'][:16]:<18}{same}")
+        print(f"{moment:<20}{whole:<16}{half:<32}{resumed['sha256'][:16]:<18}{same}")
     print(f"{'all equal' if equal else 'NOT EQUAL'}, {time.monotonic() - began:.0f} s")
     return equal
 
