@@ -22,7 +22,7 @@ from robustjax.training.loop import load_weights
 
 # Budgets in input units; L0 counts coordinates (a color pixel has three).
 BUDGETS = {
-    "digits": {"Linf": "0.15", "L2": "0.5", "L1": "1.5", "L0": "3"},
+    "digits": {"Linf": "0.15", "L2": "0.6", "L1": "1.5", "L0": "3"},
     "mnist": {"Linf": "0.3", "L2": "2", "L1": "10", "L0": "12"},
     "fashion_mnist": {"Linf": "0.1", "L2": "1.5", "L1": "10", "L0": "12"},
     "cifar10": {"Linf": "8/255", "L2": "0.5", "L1": "12", "L0": "24"},

@@ -24,7 +24,8 @@ from robustjax.training import optimizers
 from robustjax.training.loop import fit
 from robustjax.training.step import ramped
 
-GRID = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4)  # of the budgets, for the curves
+PGD20 = rj.pgd(20)  # for the curves
+GRID = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4)  # of the budgets
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Config:
     """Two convolutions, each pooled, and a hidden layer."""
     linf: float = 0.15
     """Largest change of any pixel (1: from black to white)."""
-    l2: float = 0.5
+    l2: float = 0.6
     """Largest Euclidean length of a change."""
     l1: float = 1.5
     """Largest sum of all pixels' changes."""
@@ -102,7 +103,6 @@ def main(config: Config) -> dict[str, Any]:
         "fgsm": rj.fgsm(),
         "robust_accuracy": rj.pgd(config.test_steps, num_restarts=config.num_restarts),
     }
-    curve_attack = rj.pgd(20)
     model = common.build_model(config.model, config.dataset)
     inner = rj.pgd(config.attack_steps, keep=rj.last)
     methods = {
@@ -123,7 +123,7 @@ def main(config: Config) -> dict[str, Any]:
             found = robust.mean(-1).tolist()
             results[net][name] = dict(zip(budgets, found, strict=True))
         answers[net] = jax.vmap(lambda x, f=f: rj.predictions(f(x)))(x_adv[net])
-        robust, _ = attack_all(curve_attack, f, x, y, grid)
+        robust, _ = attack_all(PGD20, f, x, y, grid)
         rows = robust.mean(-1).reshape(len(budgets), -1).tolist()
         for (name, budget), row in zip(budgets.items(), rows, strict=True):
             epsilon = [0.0, *(budget * s for s in GRID)]
@@ -139,10 +139,12 @@ def main(config: Config) -> dict[str, Any]:
         )
         for i in range(9)
     ]
-    plots.save(plots.draw_curves(curves, budgets), Path(config.out) / "accuracy.png")
-    plots.save(plots.draw_examples(examples), Path(config.out) / "examples.png")
-    both = plots.draw_both(curves, examples, budgets)
-    plots.save(both, Path(config.out) / "quickstart.png")
+    for name, figure in {
+        "accuracy": plots.draw_curves(curves, budgets, attack="PGD-20"),
+        "examples": plots.draw_examples(examples),
+        "quickstart": plots.draw_both(curves, examples, budgets, attack="PGD-20"),
+    }.items():
+        plots.save(figure, Path(config.out) / f"{name}.png")
     print(table(results, budgets))
     return common.save_results(config.out, {**results, "data": splits.used}, began)
 

@@ -57,6 +57,8 @@ def draw_curves(
     curves: Mapping[str, Mapping[str, Curve]],
     marked: Mapping[str, float] | None = None,
     figure: "Figure | SubFigure | None" = None,
+    *,
+    attack: str = "attack",
 ) -> "Figure | SubFigure":
     """Accuracy against epsilon: a panel per threat, a line per net.
 
@@ -64,6 +66,7 @@ def draw_curves(
       curves: panel -> net -> `Curve`.
       marked: panel -> the epsilon that is marked by a dotted line.
       figure: to draw into; None: a new one.
+      attack: what the accuracy was measured under, for the label.
 
     Returns:
       The figure; `save` writes it.
@@ -89,7 +92,7 @@ def draw_curves(
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#E5E5E5", linewidth=0.8)
         axes.set_axisbelow(True)
-    panels[0].set_ylabel("accuracy under attack")
+    panels[0].set_ylabel(f"accuracy under {attack}")
     panels[0].legend(frameon=False, loc="lower left", title="trained")
     return figure
 
@@ -175,12 +178,14 @@ def draw_both(
     curves: Mapping[str, Mapping[str, Curve]],
     examples: Sequence[Attacked],
     marked: Mapping[str, float] | None = None,
+    *,
+    attack: str = "attack",
 ) -> "Figure":
     """`draw_curves` above `draw_examples`, in one figure."""
     figure = new_figure(9, 8.2)
     parts = figure.subfigures(2, 1, height_ratios=(3, 5.2), squeeze=False)
     top, bottom = np.ravel(parts)
-    draw_curves(curves, marked, top)
+    draw_curves(curves, marked, top, attack=attack)
     draw_examples(examples, bottom)
     return figure
 
