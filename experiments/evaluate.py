@@ -1,10 +1,12 @@
-"""Attack any trained run: every norm, noise, FGSM, PGD and more.
+"""Attack any trained run: every norm; noise, FGSM, PGD, momentum, Adam.
 
     python -m experiments.evaluate --run runs/madry_cifar --data-dir DIR
     python -m experiments.evaluate --run runs/quickstart/madry
+    python -m experiments.evaluate --run RUN --norms Linf L2 --epsilons 8/255 0.5
 
-Writes `report.json` (with every attack's accuracy), `examples.npz` (per example: what
-broke it, and the worst point found) and `results.json` into `--out`.
+Writes into `--out`: `results.json` and `report.json` (every attack's accuracy),
+`examples.npz` (per example: what broke it, and the worst point found). An attack's
+success counts when a fresh forward pass confirms it. Measured: docs/reproduce.md.
 """
 
 import json

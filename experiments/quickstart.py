@@ -1,7 +1,19 @@
 """Two small nets on real digits, trained normally and against PGD: attack both.
 
-scripts/quickstart
-python -m experiments.quickstart --out runs/quickstart
+    scripts/quickstart
+    python -m experiments.quickstart --out runs/quickstart
+
+The embedded UCI digits: 1,437 training and 360 test images of 8x8 pixels, the last
+weights (averaged), one seed. PGD: 50 steps of 2.5 epsilon / 50, five random starts,
+any iterate counts; all three norms in one vmapped call.
+
+    accuracy         standard   madry (trained under Linf 0.2)
+    clean               0.994   0.986
+    Linf 0.15  PGD      0.194   0.775
+    L2 0.6     PGD      0.419   0.703
+    L1 1.5     PGD      0.394   0.453
+
+1:56 minutes (73 CPU seconds) on two AMD EPYC cores with ten other processes.
 """
 
 import functools
