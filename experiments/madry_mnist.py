@@ -1,8 +1,22 @@
 """Adversarial training of Madry's net on MNIST or Fashion-MNIST (arXiv:1706.06083).
 
-python -m experiments.madry_mnist --data-dir DIR
-python -m experiments.madry_mnist --data-dir DIR --dataset fashion_mnist
-python -m experiments.madry_mnist --data-dir DIR --preset paper
+    python -m experiments.madry_mnist --data-dir DIR
+    python -m experiments.madry_mnist --data-dir DIR --dataset fashion_mnist
+    python -m experiments.madry_mnist --data-dir DIR --preset paper
+
+`small`: two PGD steps of 0.75 epsilon from a random start, eight epochs, one-cycle SGD
+(0.1, weight decay 5e-4, batches of 64). 59,000 training images, 1,000 held out to
+choose the checkpoint, first 1,000 test images, one seed:
+    MNIST, Linf 0.3:          @MNIST@
+    Fashion-MNIST, Linf 0.1:  clean 0.866, FGSM 0.810, PGD-40 0.783, both 0.782.
+On two AMD EPYC cores in company of other work: @MNISTTIME@, and 17 minutes (1,003 CPU
+seconds; revision 231f70f).
+PGD-40: steps of 2.5 epsilon / 40, random start, any iterate counts.
+
+`paper` has NOT been run here: 40 steps of 0.01, Adam 1e-4, 100,000 batches of 50. The
+paper's row for MNIST (natural 98.8, FGSM 95.6, PGD-40 93.2, PGD-100 91.8) is quoted
+from memory; the authors' challenge page says FGSM 96.36, PGD-100 92.52.
+Differs from the authors' code: He initialization; no Fashion-MNIST there.
 """
 
 from dataclasses import dataclass

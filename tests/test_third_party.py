@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 CASES = [
     ("eran_cifar_convsmall_pgd", "cifar10", rj.linf("2/255"), "Linf_2over255", 1),
     ("eran_cifar_convsmall_pgd", "cifar10", rj.l2(0.25), "L2_0.25", 1),
-    ("eran_cifar_convsmall_pgd", "cifar10", rj.l1(5.0), "L1_5", 8),
+    ("eran_cifar_convsmall_pgd", "cifar10", rj.l1(5.0), "L1_5", 3),
     ("vnncomp_cifar_resnet2b", "cifar10", rj.linf("2/255"), "Linf_2over255", 1),
     ("kw_fashion_eps01", "fashion_mnist", rj.linf(0.1), "Linf_0.1", 2),
 ]
@@ -69,7 +69,6 @@ def test_pgd_against_autoattack(name, dataset, threat, reference, most_missed):
     assert report.flags == []
     np.testing.assert_array_equal(report.correct, known["clean_correct"])
     extra = known["robust"] & ~report.robust
-    assert extra.sum() <= EXTRA, f"broken, though AutoAttack calls them robust: {extra}"
+    assert extra.sum() <= EXTRA, f"robust for AutoAttack: {np.flatnonzero(extra)}"
     missed = (report.robust & ~known["robust"]).sum()
-    print(name, reference, missed, extra.sum())
     assert missed <= most_missed

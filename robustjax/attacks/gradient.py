@@ -41,7 +41,7 @@ def steepest(norm: Norm) -> optax.GradientTransformation:
     return _rowwise(norm.steepest)
 
 
-def sparse_steepest(norm: Norm, density: float = 0.05) -> optax.GradientTransformation:
+def sparse_steepest(norm: Norm, density: float = 0.005) -> optax.GradientTransformation:
     """As `steepest`, but L1 and L0 move the top `density` fraction of coordinates.
 
     One coordinate per step needs as many steps as there are coordinates to change,

@@ -137,14 +137,14 @@ class _LinenApply:
         rngs = None if key is None else {"dropout": key}
         variables = {"params": params, **extra}
         if not (train and extra):
-            return self.module.apply(variables, x, rngs=rngs, **flag), extra
-        logits, updated = self.module.apply(
-            variables, x, rngs=rngs, mutable=list(extra), **flag
-        )
+            apply: Callable[..., Array] = self.module.apply
+            return apply(variables, x, rngs=rngs, **flag), extra
+        update: Callable[..., tuple[Array, PyTree]] = self.module.apply
+        logits, updated = update(variables, x, rngs=rngs, mutable=list(extra), **flag)
         return logits, {**extra, **updated}
 
 
-def _train_flag(module: nn.Module, train: bool) -> dict[str, bool]:
+def _train_flag(module: nn.Module, train: bool) -> dict[str, Any]:
     """How this module wants to be told that it is training."""
     names = inspect.signature(type(module).__call__).parameters
     if "train" in names:

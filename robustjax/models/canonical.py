@@ -214,6 +214,7 @@ def _convolution_fits(equation: Any) -> bool:
 
 def _convolve(params: dict[str, Any], x: Array, kernel: Array) -> Array:
     spec = params["dimension_numbers"]  # positions of batch, feature, rows, columns
+    (top, bottom), (left, right) = params["padding"]
     batch, feature, *space = spec.lhs_spec
     features, channels, *window = spec.rhs_spec
     x = jnp.transpose(x, (batch, *space, feature))
@@ -223,7 +224,7 @@ def _convolve(params: dict[str, Any], x: Array, kernel: Array) -> Array:
         kernel,
         Geometry(
             tuple(params["window_strides"]),
-            tuple(tuple(edges) for edges in params["padding"]),
+            ((top, bottom), (left, right)),
             tuple(params["lhs_dilation"]),
             tuple(params["rhs_dilation"]),
             params["precision"],

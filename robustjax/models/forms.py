@@ -7,6 +7,7 @@ figures in the docstrings are CPU milliseconds for a batch of 256 on one core (A
 JAX 0.12).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -114,20 +115,21 @@ def _by_taps(x: Array, kernel: Array, geometry: Geometry) -> Array:
     ).reshape(height, width, features, *x.shape[:3])
     (top, bottom), (left, right) = geometry.padding
     zero = jnp.zeros((), x.dtype)
-    total = None
-    for u in range(height):
-        for v in range(width):
-            shifted = lax.pad(
-                planes[u, v],
-                zero,
-                (
-                    (0, 0, 0),
-                    (0, 0, 0),
-                    (top - u, bottom - (height - 1 - u), 0),
-                    (left - v, right - (width - 1 - v), 0),
-                ),
-            )
-            total = shifted if total is None else total + shifted
+    shifted = [
+        lax.pad(
+            planes[u, v],
+            zero,
+            (
+                (0, 0, 0),
+                (0, 0, 0),
+                (top - u, bottom - (height - 1 - u), 0),
+                (left - v, right - (width - 1 - v), 0),
+            ),
+        )
+        for u in range(height)
+        for v in range(width)
+    ]
+    total = functools.reduce(jnp.add, shifted)
     return jnp.transpose(total, (1, 2, 3, 0))
 
 

@@ -2,7 +2,8 @@
 
 Programs that are compared are timed in turn, round after round, so that whatever else
 the machine does meets all of them. CPU time is that of the whole process; a ratio is
-the median of the rounds' ratios.
+the median of the rounds' ratios, the "best" ratio that of each side's best round (on a
+busy machine the steadier one: company only ever adds time).
 """
 
 import argparse
@@ -72,7 +73,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, default=7, help="rounds; medians are reported")
     add("--threads", type=int, default=0, help="cores of each worker; 0: all")
     add("--torch-python", default=sys.executable, help="interpreter with PyTorch")
-    add("--out", type=Path, default=Path("bench.json"))
+    add("--out", type=Path, default=Path("runs/bench.json"))
     add("--quick", action="store_true", help="tiny sizes: does it all work?")
     options = parser.parse_args(argv)
     if options.quick:
@@ -112,7 +113,7 @@ def main() -> None:
         "command": shlex.join(["scripts/bench", *sys.argv[1:]]),
         "machine": machine(),
         "load_before": os.getloadavg(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "flags": {k: os.environ.get(k, "") for k in ("XLA_FLAGS", "GLIBC_TUNABLES")},
         "options": given | {"torch_python": None},
         "workers": {name: worker.about for name, worker in workers.items()},
         "programs": {},
@@ -130,6 +131,7 @@ def main() -> None:
                 # The torch section times the jax programs anew: keep both.
                 report["programs"].setdefault(name, {})[section] = values
             report["comparisons"] += [{"net": net, **row} for row in table]
+            options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(report, indent=1) + "\n")
     costs(report["programs"])
     for worker in workers.values():

@@ -42,7 +42,11 @@ def _with(value, position=(2, 1)):
         ({"y": Y.astype(float)}, TypeError, "labels are integers"),
         ({"y": np.eye(3)[Y]}, ValueError, r"y.argmax\(axis=-1\)"),
         ({"y": Y[:5]}, ValueError, "x has 8 examples"),
-        ({"y": np.arange(8) % 4}, ValueError, "y holds label 3, but the model has 3 classes"),
+        (
+            {"y": np.arange(8) % 4},
+            ValueError,
+            "y holds label 3, but the model has 3 classes",
+        ),
         ({"y": np.arange(8) % 4 - 1}, ValueError, "y holds -1"),
         ({"threat": 0.1}, TypeError, "threat=0.1 is no ThreatModel"),
         ({"threat": rj.ThreatModel(rj.Linf(), -0.1)}, ValueError, "epsilon=-0.1"),

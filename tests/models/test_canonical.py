@@ -13,7 +13,7 @@ from robustjax.models.base import from_linen, logits_fn
 from robustjax.models.canonical import canonicalize, count_convolutions
 from robustjax.models.madry_mnist import small_cnn
 
-X = np.random.default_rng(0).uniform(size=(3, 8, 8, 3)).astype("float32")
+X = jnp.asarray(np.random.default_rng(0).uniform(size=(3, 8, 8, 3)), jnp.float32)
 KEY = jax.random.key(0)
 
 
