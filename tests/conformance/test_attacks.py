@@ -213,7 +213,7 @@ def test_accepts_eot(name):
     assert (fall > 0.01 * (oracle.clean_margin - oracle.worst_margin)).all()
 
 
-@pytest.mark.parametrize("name", ["pgd", "momentum", "noise, uniform"])
+@pytest.mark.parametrize("name", ["pgd", "momentum"])
 def test_vmap_and_map_over_stacked_threats_equal_a_loop(name):
     attack_fn = ROWS[name].attack_fn
     oracle = testing.linear_oracle("Linf", box_active=True)
