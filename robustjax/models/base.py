@@ -135,12 +135,11 @@ class _LinenApply:
     ) -> tuple[Array, PyTree]:
         flag = _train_flag(self.module, train)
         rngs = None if key is None else {"dropout": key}
+        apply: Any = self.module.apply  # what it returns depends on `mutable`
         variables = {"params": params, **extra}
         if not (train and extra):
-            apply: Callable[..., Array] = self.module.apply
             return apply(variables, x, rngs=rngs, **flag), extra
-        update: Callable[..., tuple[Array, PyTree]] = self.module.apply
-        logits, updated = update(variables, x, rngs=rngs, mutable=list(extra), **flag)
+        logits, updated = apply(variables, x, rngs=rngs, mutable=list(extra), **flag)
         return logits, {**extra, **updated}
 
 

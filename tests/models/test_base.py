@@ -109,9 +109,10 @@ def test_weights_are_leaves_and_the_rest_is_static():
     params, extra = model.init(KEY, X[:1])
     f = logits_fn(model, params, extra)
     assert len(jax.tree.leaves(f)) == len(jax.tree.leaves(params)) == 4
-    # The weights are arguments of the program, not constants in it.
+    # Weights are arguments of the program; its constants are one mean and one std.
     closed = jax.make_jaxpr(lambda f, x: f(x))(f, X)
-    assert not closed.consts and len(closed.jaxpr.invars) == 5
+    assert len(closed.jaxpr.invars) == 5
+    assert sum(np.size(constant) for constant in closed.consts) == 2
     np.testing.assert_array_equal(f(X), f(X, key=KEY))
 
 
