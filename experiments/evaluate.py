@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import robustjax as rj
 from experiments import common
-from robustjax import models
+from robustjax import data, models
 from robustjax.training.loop import load_weights
 
 # Budgets in input units; L0 counts coordinates (a color pixel has three).
@@ -86,7 +87,9 @@ def load_run(
 def main(config: Config) -> dict[str, Any]:
     began = common.start()
     f, dataset, trained = load_run(config.run, config.which)
-    splits = common.load_splits(dataset, config.data_dir, 0, 0, config.num_test)
+    found = data.load(dataset, config.data_dir)
+    x = data.to_float(jnp.asarray(found.x_test[: config.num_test]), found.max_value)
+    y = found.y_test[: config.num_test]
     budgets = config.epsilons or tuple(BUDGETS[dataset][n] for n in config.norms)
     if len(budgets) != len(config.norms):
         raise ValueError(
@@ -102,18 +105,20 @@ def main(config: Config) -> dict[str, Any]:
     }
     report = rj.evaluate(
         f,
-        *splits.test,
+        np.asarray(x),
+        y,
         {n: rj.threat(n, e) for n, e in zip(config.norms, budgets, strict=True)},
         attacks={name: known[name] for name in config.attacks},
         key=jax.random.key(config.seed),
         batch_size=config.batch_size,
     )
-    print(report)
+    used = f"{found.source}; first {len(y):,} test images"
+    print(used, report, sep="\n")
     out = Path(config.out or Path(config.run) / "evaluation")
     report.save(out)
     return common.save_results(
         out,
-        {**report.summary(), "config": config, "run": trained, "data": splits.used},
+        {**report.summary(), "config": config, "run": trained, "data": used},
         began,
     )
 
