@@ -1,5 +1,7 @@
 """The zoo: shapes, sizes, modes, and layers against independent arithmetic."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ from robustjax import models
 from robustjax.models.layers import BatchNorm, average_pool, max_pool, normalize
 
 KEY = jax.random.key(0)
+# Compiling is what takes the time here.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def uniform(*shape, seed=0):
@@ -47,27 +51,28 @@ MODELS = {
 def test_logits_are_float32_in_both_precisions_and_convolutions_agree(name):
     make, options = MODELS[name]
     x = uniform(4, 8, 8, 3)
+    jit = functools.partial(jax.jit, compiler_options=QUICK)
 
     def build(**more):
         return make(num_classes=3, **options, **more)
 
     model = build(mean=(0.5,), std=(0.25, 0.2, 0.3))
-    params, extra = jax.jit(model.init)(KEY, x)
-    logits, updated = jax.jit(model.apply, static_argnames="train")(
-        params, extra, x, train=True
+    params, extra = jit(model.init)(KEY, x)
+    logits, updated = jit(lambda p, e, x: model.apply(p, e, x, train=True))(
+        params, extra, x
     )
     assert logits.shape == (4, 3) and logits.dtype == jnp.float32
     assert jax.tree.structure(updated) == jax.tree.structure(extra)
     assert bool(extra) == ("resnet" in name)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     half = build(mean=(0.5,), std=(0.25, 0.2, 0.3), dtype=jnp.bfloat16)
-    rough, _ = jax.jit(half.apply)(params, extra, x)
-    exact, _ = jax.jit(model.apply)(params, extra, x)
+    rough, _ = jit(half.apply)(params, extra, x)
+    exact, _ = jit(model.apply)(params, extra, x)
     assert rough.dtype == jnp.float32 and not np.array_equal(rough, exact)
     np.testing.assert_allclose(rough, exact, atol=0.1 * float(jnp.abs(exact).max()))
     if name != "mlp":  # the switch to forward mode takes the same weights
         plain = build(mean=(0.5,), std=(0.25, 0.2, 0.3), convolution="plain")
-        value, tangent = jax.jit(
+        value, tangent = jit(
             lambda x: jax.jvp(lambda x: plain.apply(params, extra, x)[0], (x,), (x,))
         )(x)
         np.testing.assert_allclose(value, exact, atol=1e-4)
