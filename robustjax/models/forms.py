@@ -80,7 +80,7 @@ def convolve(x: Array, kernel: Array, geometry: Geometry) -> Array:
 
 def _pointwise(x: Array, kernel: Array, geometry: Geometry) -> Array:
     """1 x 1: one matrix product on what the stride does not skip; zeros of a padding or
-    a dilation come after it (6.2 -> 3 for the gradient of a strided shortcut, 32 -> 16
+    a dilation come after it (3.1 -> 1.1 for the gradient of a strided shortcut, 32 -> 16
     at 32 x 32)."""
     features = kernel.shape[3]
     zero = jnp.zeros((), x.dtype)
@@ -103,7 +103,7 @@ def _pointwise(x: Array, kernel: Array, geometry: Geometry) -> Array:
 def _by_taps(x: Array, kernel: Array, geometry: Geometry) -> Array:
     """Few output channels, as in the gradient of an image: one matrix product gives
     every tap's contribution as a plane, then the planes are shifted and added
-    (12.3 -> 4.5 for 32 -> 1, 5 x 5, 28 x 28; 13.8 -> 4.1 for 16 -> 3, 3 x 3, 32 x 32).
+    (12.4 -> 4.6 for 32 -> 1, 5 x 5, 28 x 28; 14.5 -> 4.2 for 16 -> 3, 3 x 3, 32 x 32).
     """
     height, width, channels, features = kernel.shape
     taps = jnp.transpose(kernel, (0, 1, 3, 2)).reshape(-1, channels)
@@ -149,7 +149,7 @@ def _phases(size: int, low: int, dilation: int) -> list[list[tuple[int, int]]]:
 def _by_phases(x: Array, kernel: Array, geometry: Geometry) -> Array:
     """A dilated input, as in the gradient of a strided convolution, without its zeros:
     all phases of the output as channels of one small convolution, then interleaved
-    (34.4 -> 8.3 for 32 -> 16, stride 2, to 32 x 32).
+    (38.3 -> 8.2 for 32 -> 16, stride 2, to 32 x 32).
     """
     height, width, channels, features = kernel.shape
     axes = []
@@ -199,8 +199,8 @@ def kernel_gradient(
     product, where that is cheaper than a convolution; None where it is not.
 
     Gathering the windows pays for few input channels (31 -> 10 for 1 -> 32, 5 x 5 at
-    28 x 28; 31 -> 14 for 3 -> 16, 3 x 3 at 32 x 32), for strides (27 -> 21 for 16 -> 32
-    at 32 x 32) and for 1 x 1 kernels (23 -> 1.9).
+    28 x 28; 28 -> 15 for 3 -> 16, 3 x 3 at 32 x 32), for strides (24 -> 22 for 16 -> 32
+    at 32 x 32) and for 1 x 1 kernels (21 -> 1.8).
     """
     height, width, channels, features = kernel_shape
     if (
