@@ -80,8 +80,8 @@ def convolve(x: Array, kernel: Array, geometry: Geometry) -> Array:
 
 def _pointwise(x: Array, kernel: Array, geometry: Geometry) -> Array:
     """1 x 1: one matrix product on what the stride does not skip; zeros of a padding or
-    a dilation come after it (3.1 -> 1.1 for the gradient of a strided shortcut, 32 -> 16
-    at 32 x 32)."""
+    a dilation come after it (3.1 -> 1.1 for the gradient of a strided shortcut,
+    32 -> 16 at 32 x 32)."""
     features = kernel.shape[3]
     zero = jnp.zeros((), x.dtype)
     pads = [
