@@ -22,6 +22,14 @@ EXPERIMENTS = [
 TINY = {"num_steps": 3, "batch_size": 16, "num_validation": 20, "num_attacked": 20}
 
 
+@pytest.fixture
+def quick_compilation():
+    """These tests run few steps of many programs: compile them without polish."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def write_images(folder, name, shape, num_train=100, num_test=12):
     """Random images whose mean tells the class: enough to run, nothing to learn."""
     rng = np.random.default_rng(0)
@@ -95,6 +103,7 @@ def test_paper_presets_are_the_published_rows():
     assert mnist.learning_rate == 1e-4
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_quickstart_writes_its_results_and_pictures(tmp_path, capsys):
     config = quickstart.Config(
         out=str(tmp_path),
@@ -136,6 +145,7 @@ def test_quickstart_writes_its_results_and_pictures(tmp_path, capsys):
     assert robust == pytest.approx(report["threats"]["Linf"]["robust_accuracy"])
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_madry_cifar_trains_reports_and_refuses_another_run(tmp_path, capsys):
     write_images(tmp_path, "cifar10", (32, 32, 3))
     out = tmp_path / "run"
@@ -159,7 +169,10 @@ def test_madry_cifar_trains_reports_and_refuses_another_run(tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_madry_mnist_trains_reports_and_takes_a_run_up_again(tmp_path, capsys):
+@pytest.mark.usefixtures("quick_compilation")
+def test_madry_mnist_trains_reports_and_takes_a_run_up_again(
+    tmp_path, capsys, monkeypatch
+):
     write_images(tmp_path, "fashion_mnist", (28, 28, 1))
     config = madry_mnist.Config(
         dataset="fashion_mnist",
@@ -172,8 +185,9 @@ def test_madry_mnist_trains_reports_and_takes_a_run_up_again(tmp_path, capsys):
     assert results["epsilon"] == pytest.approx(0.1)
     assert set(results["accuracy"]) == {"FGSM", "PGD-40"}
     assert results["robust_accuracy"] <= results["clean_accuracy"]
-    # A finished run only measures again.
-    assert madry_mnist.main(config)["accuracy"] == results["accuracy"]
+    # A finished run only measures again: the same weights.
+    monkeypatch.setattr(common, "measure", lambda *given: given[2].metrics)
+    assert madry_mnist.main(config) == results["checkpoint"]
     assert len(read(tmp_path / "run" / "provenance.json")["starts"]) == 2
     capsys.readouterr()
 
@@ -232,12 +246,12 @@ def test_attack_all_agrees_with_one_threat_at_a_time():
     def f(x):
         return x @ w
 
-    threats = [rj.linf(0.1), rj.l2(0.1), rj.l1(0.1)]
+    threats = [rj.linf(0.1), rj.l2(0.1)]
     attack_fn = rj.pgd(5)
     net = jax.tree_util.Partial(f)
     robust, x_adv = quickstart.attack_all(attack_fn, net, x, y, rj.stack(threats))
-    assert robust.shape == (3, 3)
-    assert x_adv.shape == (3, 3, 2)
+    assert robust.shape == (2, 3)
+    assert x_adv.shape == (2, 3, 2)
     for row, threat in zip(robust, threats, strict=True):
         alone = ~rj.attack(f, x, y, threat, attack_fn).success
         assert row.tolist() == alone.tolist()
