@@ -19,7 +19,7 @@ any iterate counts; all three norms in one vmapped call.
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +46,9 @@ class Config:
     """Where the table, pictures and nets go. The same command there goes on."""
     seed: int = 0
     """Decides weights, order of the images and all noise."""
-    dataset: str = "digits"
+    dataset: Literal["digits"] = "digits"
     """The embedded one: 1,437 training and 360 test images of 8x8 pixels."""
-    model: str = "small_cnn"
+    model: Literal["small_cnn"] = "small_cnn"
     """Two convolutions, each pooled, and a hidden layer."""
     linf: float = 0.15
     """Largest change of any pixel (1: from black to white)."""

@@ -60,7 +60,9 @@ def eot(problem: Problem, num_samples: int) -> Problem:
         if key is None:
             raise ValueError("eot draws samples: call the problem's score with a key.")
 
-        # A scan, not a vmap: memory stays that of one pass however many samples.
+        # A scan of checkpoints, not a vmap: memory stays that of one pass, gradients
+        # included, however many samples.
+        @jax.checkpoint
         def body(total, key):
             s, z = problem.score(x_adv, key)
             return (total[0] + s, total[1] + z), None

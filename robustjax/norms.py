@@ -60,6 +60,17 @@ class Norm(Protocol):
         """How much the linear function `grad` can gain in the unit ball, a scalar."""
         ...
 
+    def stride(self, epsilon: ArrayLike, width: Array) -> Array:
+        """How far a unit move goes in each coordinate, in the shape of `width`.
+
+        Epsilon, where it is a length; where it is a count, the width of the box.
+        """
+        ...
+
+    def free(self, grad: Array, stuck: Array) -> Array:
+        """The gradient for the next move, given which coordinates cannot follow it."""
+        ...
+
     def sample(
         self, key: Key, epsilon: ArrayLike, shape: Shape, dtype: Any = jnp.float32
     ) -> Array:
@@ -248,6 +259,12 @@ class Linf:
     def dual(self, grad: Array) -> Array:
         return jnp.sum(jnp.abs(_float(grad)))
 
+    def stride(self, epsilon: ArrayLike, width: Array) -> Array:
+        return jnp.broadcast_to(jnp.asarray(epsilon, width.dtype), width.shape)
+
+    def free(self, grad: Array, stuck: Array) -> Array:
+        return jnp.where(stuck, 0, _float(grad))
+
     def sample(
         self, key: Key, epsilon: ArrayLike, shape: Shape, dtype: Any = jnp.float32
     ) -> Array:
@@ -297,6 +314,12 @@ class L2:
 
     def dual(self, grad: Array) -> Array:
         return _euclidean(_float(grad))
+
+    def stride(self, epsilon: ArrayLike, width: Array) -> Array:
+        return jnp.broadcast_to(jnp.asarray(epsilon, width.dtype), width.shape)
+
+    def free(self, grad: Array, stuck: Array) -> Array:
+        return jnp.where(stuck, 0, _float(grad))
 
     def sample(
         self, key: Key, epsilon: ArrayLike, shape: Shape, dtype: Any = jnp.float32
@@ -351,6 +374,12 @@ class L1:
 
     def dual(self, grad: Array) -> Array:
         return jnp.max(jnp.abs(_float(grad)), initial=0)
+
+    def stride(self, epsilon: ArrayLike, width: Array) -> Array:
+        return jnp.broadcast_to(jnp.asarray(epsilon, width.dtype), width.shape)
+
+    def free(self, grad: Array, stuck: Array) -> Array:
+        return jnp.where(stuck, 0, _float(grad))
 
     def sample(
         self, key: Key, epsilon: ArrayLike, shape: Shape, dtype: Any = jnp.float32
@@ -407,13 +436,20 @@ class L0:
         return jnp.where(_first_largest(grad), jnp.sign(grad), 0)
 
     def sparse_steepest(self, grad: Array, density: ArrayLike) -> Array:
-        grad = _float(grad)
-        kept = _top(_bits(grad), _density_count(density, grad.size))
-        unit, _ = _unit_max(grad)
-        return jnp.where(kept, unit, 0)
+        # The projection keeps epsilon coordinates: leaving some out here only hides
+        # candidates from it.
+        return _unit_max(_float(grad))[0]
 
     def dual(self, grad: Array) -> Array:
         return jnp.max(jnp.abs(_float(grad)), initial=0)
+
+    def stride(self, epsilon: ArrayLike, width: Array) -> Array:
+        # A count says nothing of how far a coordinate may go: the box does.
+        return jnp.where(jnp.isfinite(width), width, 1)
+
+    def free(self, grad: Array, stuck: Array) -> Array:
+        # On a face a coordinate has done all it can, and must go on counting as good.
+        return _float(grad)
 
     def sample(
         self, key: Key, epsilon: ArrayLike, shape: Shape, dtype: Any = jnp.float32
@@ -470,6 +506,12 @@ class AnyOf:
 
     def dual(self, grad: Array) -> Array:
         return self._switch(lambda m, g: m.dual(g), grad)
+
+    def stride(self, epsilon: ArrayLike, width: Array) -> Array:
+        return self._switch(lambda m, *a: m.stride(*a), epsilon, width)
+
+    def free(self, grad: Array, stuck: Array) -> Array:
+        return self._switch(lambda m, *a: m.free(*a), grad, stuck)
 
     def sample(
         self, key: Key, epsilon: ArrayLike, shape: Shape, dtype: Any = jnp.float32

@@ -137,6 +137,8 @@ def maximize(
     [2.0]
     """
     call = with_key(logits_fn)
+    x = jnp.asarray(x)  # attacks compute in float32, on half-precision inputs too
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if index is None:
         index = jnp.arange(x.shape[0], dtype=jnp.int32)
 

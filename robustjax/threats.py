@@ -12,6 +12,8 @@ import numpy as np
 from robustjax.norms import L0, L1, L2, AnyOf, Linf, Norm
 from robustjax.types import Array, Key
 
+L0_UNIT = 100.0
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -235,9 +237,9 @@ def project_sequential(threat: ThreatModel, x: Array, delta: Array) -> Array:
 
     Only for parity with reference code that does so (L2 of AutoAttack and Foolbox).
 
-    >>> x, delta = jnp.array([[0.9, 0.5]]), jnp.array([[3.0, 4.0]])
+    >>> x, delta = jnp.array([[0.75, 0.5]]), jnp.array([[3.0, 4.0]])
     >>> print(project_sequential(l2(0.5), x, delta))
-    [[0.1 0.4]]
+    [[0.25 0.4 ]]
     """
 
     def one(epsilon, x, delta):
@@ -277,15 +279,17 @@ def free_gradient(threat: ThreatModel, x_adv: Array, grad: Array) -> Array:
     """The gradient without what points out of the box, `[B, ...]`.
 
     A coordinate on a face of the box cannot move outwards: a step that is spent there
-    is lost. So under L1, whose steepest step is one coordinate, and under L2.
+    is lost. So under L1, whose steepest step is one coordinate, and under L2. Under L0
+    the gradient stays whole: it ranks the coordinates that are worth keeping.
 
     >>> print(free_gradient(linf(0.1), jnp.array([[1.0, 0.5]]), jnp.ones((1, 2))))
     [[0. 1.]]
     """
 
     def one(x_adv, grad):
-        stuck = (x_adv >= threat.upper) & (grad > 0)
-        return jnp.where(stuck | ((x_adv <= threat.lower) & (grad < 0)), 0, grad)
+        lower, upper = _box(threat, x_adv)
+        stuck = (x_adv >= upper) & (grad > 0) | (x_adv <= lower) & (grad < 0)
+        return threat.norm.free(grad, stuck)
 
     return jax.vmap(one)(x_adv, grad)
 
@@ -293,6 +297,9 @@ def free_gradient(threat: ThreatModel, x_adv: Array, grad: Array) -> Array:
 def scale(threat: ThreatModel, update: Array) -> Array:
     """`epsilon * update`, `[B, ...]`: a move in units of epsilon as a perturbation.
 
+    Under L0, whose epsilon is a count, the unit is 100 times the box's width: a usual
+    fraction then moves a coordinate beyond its face, and the projection chooses the
+    coordinates whose gradient times room is largest, whatever was chosen before.
     0 stays 0 whatever epsilon is: `0 * inf` would be NaN.
 
     >>> print(scale(linf(jnp.array([0.1, 0.2])), jnp.ones((2, 2))))
@@ -301,15 +308,17 @@ def scale(threat: ThreatModel, update: Array) -> Array:
     """
 
     def one(epsilon, update):
-        return jnp.where(update == 0, 0, epsilon * update)
+        stride = threat.norm.stride(epsilon, L0_UNIT * _width(threat, update))
+        return jnp.where(update == 0, 0, stride * update)
 
-    return _per_example(threat, one, update)
+    return _per_example(threat, one, _float32(update))
 
 
 def rescale(threat: ThreatModel, direction: Array) -> Array:
     """`[B, ...]` directions stretched to size epsilon, the surface of the ball.
 
-    L0 counts coordinates, which stretching does not change: there they stay.
+    L0 counts coordinates, which stretching does not change: there the box's width is
+    the unit.
 
     >>> print(rescale(l1(1.0), jnp.array([[3.0, 1.0]])))
     [[0.75 0.25]]
@@ -318,9 +327,10 @@ def rescale(threat: ThreatModel, direction: Array) -> Array:
     def one(epsilon, direction):
         size = threat.norm.size(direction)
         stretches = threat.norm.size(2 * direction) > 1.5 * size
-        return direction * jnp.where(stretches, epsilon / size, 1)
+        length = threat.norm.stride(epsilon, _width(threat, direction))
+        return direction * (length / jnp.where(stretches, size, 1))
 
-    return _per_example(threat, one, direction)
+    return _per_example(threat, one, _float32(direction))
 
 
 def random_start(threat: ThreatModel, keys: Key, x: Array) -> Array:
@@ -336,14 +346,32 @@ def random_start(threat: ThreatModel, keys: Key, x: Array) -> Array:
       delta `[B, ...]`, float32.
     """
 
+    return project(threat, x, sample(threat, keys, x))
+
+
+def sample(threat: ThreatModel, keys: Key, x: Array) -> Array:
+    """Uniform in the ball, whatever the box: `random_start` before its projection.
+
+    >>> keys = jax.random.split(jax.random.key(0), 2)
+    >>> print((sample(l0(1), keys, jnp.zeros((2, 3))) != 0).sum(-1))
+    [1 1]
+    """
+
     def one(epsilon, key, x):
         low, high = _room(threat, x)
         reach = threat.norm.size(jnp.maximum(-low, high))
         budget = jnp.where(jnp.isinf(epsilon), reach, epsilon)
-        return threat.norm.sample(key, budget, x.shape, x.dtype)
+        draw = threat.norm.sample(key, budget, x.shape, x.dtype)
+        # L0 draws values in [-1, 1]: stretched to the box. Elsewhere this is 1.
+        return draw * threat.norm.stride(1.0, _width(threat, x))
 
-    x = _float32(x)
-    return project(threat, x, _per_example(threat, one, keys, x))
+    return _per_example(threat, one, keys, _float32(x))
+
+
+def _width(threat: ThreatModel, x: Array) -> Array:
+    """How wide the box is, in the shape of one example `x`."""
+    lower, upper = _box(threat, x)
+    return jnp.broadcast_to(jnp.asarray(upper - lower, x.dtype), x.shape)
 
 
 def is_feasible(
@@ -351,7 +379,9 @@ def is_feasible(
 ) -> Array:
     """`[B]` bool: inside the box exactly, inside the ball up to rounding.
 
-    The ball allows `tolerance * max(1, epsilon)`, for L0 nothing.
+    The ball allows `tolerance * max(1, epsilon)`, and beside it the rounding of
+    `x_adv - x`, a unit in the last place of every coordinate: it matters for boxes such
+    as [0, 255], and for L1 in many dimensions. L0 counts, so neither matters.
     A NaN anywhere in an example makes it infeasible.
 
     >>> x = jnp.array([[0.5, 0.5]])
@@ -363,6 +393,10 @@ def is_feasible(
 
     def one(epsilon, x, x_adv):
         slack = tolerance * jnp.maximum(1, epsilon)
+        largest = jnp.maximum(jnp.abs(x), jnp.abs(x_adv)) * jnp.finfo(x.dtype).eps
+        rounding = threat.norm.size(largest)
+        lengths = threat.norm.size(2 * largest) > 1.5 * rounding
+        slack += jnp.where(lengths, rounding, 0)
         inside = threat.norm.size(x_adv - x) <= epsilon + slack
         lower, upper = _box(threat, x)
         in_box = jnp.all((x_adv >= lower) & (x_adv <= upper))

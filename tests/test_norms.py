@@ -252,23 +252,36 @@ def test_vanishing_gradient_gives_no_nan(norm, value):
         assert value != 0 or np.all(out == 0)
 
 
-@pytest.mark.parametrize("norm", [L1(), L0()], ids=["L1", "L0"])
-def test_sparse_steepest_takes_the_top_coordinates(norm):
+def test_sparse_steepest_takes_the_top_coordinates():
     rng = np.random.default_rng(3)
     n = 40
     for density in [0.0, 0.05, 0.3, 0.99, 1.0]:
         grad = rng.integers(-4, 5, n).astype(np.float32)  # ties, zeros
         k = max(1, round(density * n))
-        move = call(norm, "sparse_steepest", grad, density)
+        move = call(L1(), "sparse_steepest", grad, density)
         order = np.argsort(-np.abs(grad), kind="stable")[:k]  # ties: the first
         kept = np.zeros(n, bool)
         kept[order] = True
         kept &= grad != 0
         np.testing.assert_array_equal(move != 0, kept)
-        if isinstance(norm, L1):
-            np.testing.assert_allclose(move, kept * np.sign(grad) / kept.sum(), 1e-6)
-        else:
-            np.testing.assert_allclose(move, kept * grad / np.abs(grad).max(), 1e-6)
+        np.testing.assert_allclose(move, kept * np.sign(grad) / kept.sum(), 1e-6)
+
+
+def test_sparse_steepest_of_l0_leaves_the_choice_to_the_projection():
+    grad = np.array([2.0, -4.0, 0.0], np.float32)
+    move = call(L0(), "sparse_steepest", grad, 0.1)
+    np.testing.assert_array_equal(move, [0.5, -1.0, 0.0])
+
+
+@pytest.mark.parametrize("norm", [Linf(), L2(), L1(), L0()])
+def test_stride_and_free(norm):
+    width = np.array([1.0, 255.0], np.float32)
+    grad, stuck = np.array([1.0, -1.0], np.float32), np.array([True, False])
+    is_count = isinstance(norm, L0)
+    expected = width if is_count else [0.25, 0.25]
+    np.testing.assert_array_equal(norm.stride(0.25, jnp.asarray(width)), expected)
+    free = norm.free(jnp.asarray(grad), jnp.asarray(stuck))
+    np.testing.assert_array_equal(free, grad if is_count else [0.0, -1.0])
 
 
 @pytest.mark.parametrize("norm", [Linf(), L2()], ids=["Linf", "L2"])

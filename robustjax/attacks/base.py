@@ -160,9 +160,9 @@ def run(attack: Attack, num_steps: int, keep: Keep = worst) -> AttackFn:
 
     The points compared are the `num_steps` evaluated ones and the last move's. The
     step's key is `fold_in(key, t)`, so a longer run begins as the shorter one did, and
-    with `keep=worst` the score never falls with more steps. With `keep=last` nothing
-    but the last point is kept, and where only `x_adv` is used (training) the compiler
-    drops its evaluation. No gradient flows through the result.
+    with `keep=worst` more steps lose neither a success nor, without one, score. With
+    `keep=last` nothing but the last point is kept, and where only `x_adv` is used
+    (training) the compiler drops its evaluation. No gradient flows through the result.
 
     Args:
       attack: the kernel.
@@ -209,7 +209,8 @@ def restarts(attack_fn: AttackFn, n: int, keep: Keep = worst) -> AttackFn:
     """Run an attack `n` times with fresh keys and keep one result per row.
 
     The runs follow one another in a scan: memory is that of one run, and restart `i`
-    is the same whatever `n` is.
+    is the same whatever `n` is. A problem's `start` is that of the first run; the
+    others begin as the attack itself does.
 
     Raises:
       ValueError: if `n` is below 1.
@@ -227,9 +228,10 @@ def restarts(attack_fn: AttackFn, n: int, keep: Keep = worst) -> AttackFn:
         best = attack_fn(jax.random.fold_in(key, 0), problem)
         if n == 1:
             return best
+        afresh = problem._replace(start=None)
 
         def body(best, i):
-            new = attack_fn(jax.random.fold_in(key, i), problem)
+            new = attack_fn(jax.random.fold_in(key, i), afresh)
             return select(keep(best, new), new, best), None
 
         return jax.lax.scan(body, best, jnp.arange(1, n))[0]
@@ -362,18 +364,20 @@ def over_threats(
     """
     if how not in ("vmap", "map", "loop"):
         raise ValueError(f"how={how!r}: use 'vmap', 'map' or 'loop'.")
-    if isinstance(threat_models, ThreatModel):
-        together = threat_models
-    else:
-        together = threats.stack(threat_models)
 
     def attacked(key: Key, problem: Problem) -> Result:
         def one(threat: ThreatModel) -> Result:
             return attack_fn(key, problem._replace(threat=threat))
 
         if how == "loop":
-            results = [one(threat) for threat in threats.unstack(together)]
+            each = threat_models
+            if isinstance(each, ThreatModel):
+                each = threats.unstack(each)
+            results = [one(threat) for threat in each]
             return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+        together = threat_models
+        if not isinstance(together, ThreatModel):
+            together = threats.stack(together)
         return jax.vmap(one)(together) if how == "vmap" else jax.lax.map(one, together)
 
     return attacked

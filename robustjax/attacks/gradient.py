@@ -42,11 +42,11 @@ def steepest(norm: Norm) -> optax.GradientTransformation:
 
 
 def sparse_steepest(norm: Norm, density: float = 0.005) -> optax.GradientTransformation:
-    """As `steepest`, but L1 and L0 move the top `density` fraction of coordinates.
+    """As `steepest`, but L1 moves the top `density` fraction of coordinates, L0 all.
 
     One coordinate per step needs as many steps as there are coordinates to change,
     so practical L1 attacks spread the move (Tramer and Boneh, arXiv 1904.13000).
-    Linf and L2 are not changed.
+    Under L0 the projection chooses among them. Linf and L2 are not changed.
 
     >>> import jax.numpy as jnp
     >>> from robustjax.norms import L1
@@ -74,6 +74,33 @@ def normalize_l1() -> optax.GradientTransformation:
         return scaled / jnp.maximum(jnp.sum(jnp.abs(scaled)), 1.0)
 
     return _rowwise(one)
+
+
+def first_scale() -> optax.GradientTransformation:
+    """Divide each row's gradients by the largest entry of its first non-zero one.
+
+    Adam squares, and adds 1e-8 to what it divides by: gradients far below or above 1
+    would stall it. The divisor stays, so Adam's averages keep their meaning.
+
+    >>> import jax.numpy as jnp
+    >>> move = first_scale()
+    >>> state = move.init(jnp.zeros((1, 2)))
+    >>> update, state = move.update(jnp.array([[4.0, -2.0]]), state)
+    >>> update.tolist(), move.update(jnp.array([[8.0, 0.0]]), state)[0].tolist()
+    ([[1.0, -0.5]], [[2.0, 0.0]])
+    """
+
+    def init(params):
+        return jax.vmap(lambda row: jnp.zeros((), row.dtype))(params)
+
+    def update(updates, state, params=None):
+        del params
+        largest = jax.vmap(lambda row: jnp.max(jnp.abs(row)))(updates)
+        state = jnp.where(state > 0, state, largest)
+        divisor = jnp.where(state > 0, state, 1)
+        return jax.vmap(jnp.divide)(updates, divisor), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _rowwise(move: Callable[[Array], Array]) -> optax.GradientTransformation:

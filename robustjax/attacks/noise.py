@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from robustjax import threats
 from robustjax.attacks.base import Attack, AttackFn, Info, evaluate_point, run
@@ -25,8 +26,8 @@ def noise(kind: str = "uniform", num_samples: int = 1) -> AttackFn:
     - `sign`: random signs, scaled to norm epsilon (a corner of the Linf ball);
     - `gaussian`: a Gaussian direction, scaled to norm epsilon.
 
-    Each sample is then projected on ball and box; under L0, where scaling has no
-    meaning, that alone keeps epsilon coordinates.
+    Each sample is then projected on ball and box. Under L0 epsilon random coordinates
+    change, by up to the width of the box.
 
     Args:
       kind: `"uniform"`, `"sign"` or `"gaussian"`.
@@ -48,14 +49,18 @@ def noise(kind: str = "uniform", num_samples: int = 1) -> AttackFn:
 
     def draw(key: Key, problem: Problem) -> Array:
         threat, x = problem.threat, problem.x
-        keys = example_keys(key, problem.index)
+        key_ball, key_normal = jax.random.split(key)
+        keys = example_keys(key_ball, problem.index)
         if kind == "uniform":
             return threats.random_start(threat, keys, x)
-        if kind == "sign":
-            raw = jax.vmap(lambda k: jax.random.rademacher(k, x.shape[1:], x.dtype))
-        else:
-            raw = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))
-        return threats.project(threat, x, threats.rescale(threat, raw(keys)))
+        # The signs of a uniform point of the ball are random signs; under L0 they stand
+        # in random places as well.
+        direction = jnp.sign(threats.sample(threat, keys, x))
+        if kind == "gaussian":
+            normal = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))
+            keys_normal = example_keys(key_normal, problem.index)
+            direction = jnp.abs(direction) * normal(keys_normal)
+        return threats.project(threat, x, threats.rescale(threat, direction))
 
     def init(key: Key, problem: Problem) -> NoiseState:
         return NoiseState(draw(key, problem))

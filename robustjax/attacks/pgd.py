@@ -9,6 +9,7 @@ import optax
 
 from robustjax.attacks.base import AttackFn, Keep, restarts, run, worst
 from robustjax.attacks.gradient import (
+    first_scale,
     gradient_ascent,
     normalize_l1,
     sparse_steepest,
@@ -54,8 +55,9 @@ def pgd(
     """Projected gradient descent: `num_steps` of steepest ascent, each one projected.
 
     `delta <- project(x, delta + step_size * epsilon * steepest(grad))`, from a uniform
-    random point of the ball. Under L1 and L0 the step moves the top `density` fraction
-    of coordinates (`sparse_steepest`).
+    random point of the ball. Under L1 the step moves the top `density` fraction of
+    coordinates; under L0 all, of which the projection keeps the best
+    (`sparse_steepest`): there use PGD, the other attacks move one coordinate.
     Reference: Madry et al., arXiv 1706.06083; for L1, Tramer and Boneh, arXiv
     1904.13000.
     Differs from the authors' code: the best iterate is kept (`keep=worst`), so a
@@ -68,7 +70,7 @@ def pgd(
         which any point of the ball is reached and some steps are left.
       num_restarts: random restarts, the worst is kept.
       random_start: begin in the ball instead of at `x`.
-      density: fraction of coordinates that an L1 or L0 step moves, at least one. On a
+      density: fraction of coordinates that an L1 step moves, at least one. On a
         CIFAR-10 net (ERAN's convSmall, L1 5, 100 images) 0.005 reached AutoAttack's
         accuracy, 0.40; 0.01 left 0.44 and 0.05 left 0.51.
       keep: `worst`, `last` or `smallest`.
@@ -147,7 +149,8 @@ def adam(
     `delta <- project(x, delta + learning_rate * epsilon * adam(grad))`.
     Reference: Gowal et al., arXiv 2010.03593.
     Differs from the authors' code: the learning rate is a fraction of epsilon (their
-    0.1, at epsilon 8/255, is 3.19 here); any norm.
+    0.1, at epsilon 8/255, is 3.19 here); gradients are divided by the largest entry of
+    the example's first one, so that tiny and huge gradients move alike; any norm.
 
     Args:
       num_steps: gradient evaluations.
@@ -166,6 +169,7 @@ def adam(
     kernel = gradient_ascent(
         # scale_by_learning_rate with its sign flipped: attacks ascend.
         lambda norm: optax.chain(
+            first_scale(),
             optax.scale_by_adam(),
             optax.scale_by_learning_rate(learning_rate, flip_sign=False),
         ),

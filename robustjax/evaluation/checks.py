@@ -1,5 +1,6 @@
 """Bad inputs raise here, early and by name; bad models are flagged and go on."""
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import numpy as np
 
 from robustjax.losses import cross_entropy, finite
 from robustjax.models.canonical import count_convolutions
+from robustjax.norms import AnyOf
 from robustjax.threats import ThreatModel
 from robustjax.types import Array
 
@@ -46,7 +48,7 @@ def check_inputs(
       `x` float32 (float64 stays), `y` int32, `index` int32.
 
     Raises:
-      TypeError: wrong kind: integer images, float labels, a norm instead of a threat.
+      TypeError: wrong kind: text, float labels, a number instead of a threat.
       ValueError: wrong value or shape. Each message names the argument and the fix.
 
     >>> from robustjax.threats import linf
@@ -57,7 +59,13 @@ def check_inputs(
     """
     if not isinstance(threat, ThreatModel):
         raise TypeError(
-            f"threat={threat!r} is no ThreatModel: build one, such as linf(8 / 255)."
+            f"threat={threat!r} is no ThreatModel: build one, such as linf(8 / 255); "
+            "for several, evaluate takes a dict such as {'Linf': linf(8 / 255)}."
+        )
+    if isinstance(threat.norm, AnyOf):
+        raise TypeError(
+            "threat is a stacked one: pass a dict of names and threats instead, such "
+            "as {'Linf': linf(0.1), 'L2': l2(0.5)}."
         )
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be 1 or more.")
@@ -98,8 +106,11 @@ def _check_x(x: Any, threat: ThreatModel) -> np.ndarray:
     if (x < lower).any() or (x > upper).any():
         box = f"[{lower.min():g}, {upper.max():g}]"
         message = f"x lies in [{x.min():g}, {x.max():g}], outside the box {box}: "
-        if x.max() > 1.5 and x.min() >= 0 and x.max() <= 255 and upper.max() <= 1:
-            raise ValueError(message + "divide by 255, images are [0, 1] here.")
+        if 1.5 < x.max() <= 255 and x.min() >= 0 and upper.max() <= 1:
+            raise ValueError(
+                message + "divide by 255, images are [0, 1] here (or by the largest "
+                "value your data can have: 16 for the embedded digits)."
+            )
         raise ValueError(
             message + "scale x into the box and put normalization (mean, std) inside "
             "the model, or give the threat the box that your inputs have "
@@ -114,6 +125,10 @@ def _float32(x: np.ndarray) -> np.ndarray:
 
 def _check_y(y: Any, count: int) -> np.ndarray:
     y = np.asarray(y)
+    if y.ndim == 0:
+        raise ValueError(f"y={y} is one label: for one example pass x[None], y[None].")
+    if y.ndim == 2 and y.shape[1] == 1:
+        raise ValueError(f"y has shape {y.shape}: pass y[:, 0], one label each.")
     if y.ndim == 2 and y.shape[0] == count:
         raise ValueError(
             f"y has shape {y.shape}: one-hot labels? Pass integers, y.argmax(axis=-1)."
@@ -170,7 +185,7 @@ def note_costs(logits_fn: Callable[..., Array], x: Any) -> None:
             CostWarning,
             stacklevel=4,
         )
-    _, left = count_convolutions(logits_fn, x)
+    _, left = count_convolutions(lambda x: logits_fn(x, jax.random.key(0)), x)
     if left and jax.default_backend() == "cpu":
         warnings.warn(
             f"{left} of the model's convolutions lie where they cannot be rewritten "
@@ -179,6 +194,29 @@ def note_costs(logits_fn: Callable[..., Array], x: Any) -> None:
             "See docs/models.md.",
             CostWarning,
             stacklevel=4,
+        )
+
+
+def check_attack_fn(attack_fn: Any) -> None:
+    """An attack is a function of `(key, problem)`, not the one that makes it.
+
+    >>> from robustjax.attacks.pgd import pgd
+    >>> check_attack_fn(pgd)
+    Traceback (most recent call last):
+    ...
+    TypeError: the attack is pgd(num_steps, ...), which makes one: call it, pgd().
+    """
+    if not callable(attack_fn):
+        raise TypeError(f"attack {attack_fn!r} is no function (key, problem).")
+    try:
+        names = list(inspect.signature(attack_fn).parameters)
+    except (TypeError, ValueError):
+        return
+    if names and names[0] in ("num_steps", "step_size", "kind"):
+        name = getattr(attack_fn, "__name__", "attack")
+        raise TypeError(
+            f"the attack is {name}({names[0]}, ...), which makes one: call it, "
+            f"{name}()."
         )
 
 

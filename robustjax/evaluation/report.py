@@ -18,7 +18,8 @@ class ThreatReport:
     epsilon:   the budget (the mean, where each example has its own).
     broken_by: attack name -> `[N]` bool, confirmed adversarial examples.
     robust:    `[N]` bool: classified correctly, and broken by no attack.
-    x_adv:     `[N, ...]`: of each example the worst point found (`x` if it was wrong).
+    x_adv:     `[N, ...]`: the first adversarial point found; where there is none, the
+               last attempt (`x` if the example was wrong without an attack).
     size:      `[N]`: the norm of `x_adv - x`.
     """
 

@@ -60,7 +60,7 @@ def attack(
       loss: `(logits, y) -> [B]`, what the attack raises.
       key: `jax.random.key(0)` by default.
       batch_size: examples at once; changes speed and memory, not the result (but for
-        the rounding of sums).
+        the rounding of sums, and for random models: they draw by position).
       index: `[N]` integers, which example of its data set each row is. Give it when you
         attack a subset or another order: the same example then draws the same noise.
 
@@ -79,6 +79,7 @@ def attack(
     """
     x, y, index = checks.check_inputs(x, y, threat, index, batch_size)
     key = checks.check_key(key)
+    checks.check_attack_fn(attack_fn)
     f = _prepare(logits_fn, x, y, batch_size)
     results = []
     for rows, count, padded in _batches(len(x), batch_size):
@@ -148,7 +149,11 @@ def evaluate(
     (1.0, 0.5)
     """
     named = dict(threat) if isinstance(threat, Mapping) else {"threat": threat}
+    if attacks is not None and not isinstance(attacks, Mapping):
+        raise TypeError("attacks is no dict: pass names and attacks, {'PGD': pgd(50)}.")
     attacks = {"FGSM": FGSM, "PGD-40": PGD} if attacks is None else dict(attacks)
+    for attack_fn in attacks.values():
+        checks.check_attack_fn(attack_fn)
     if not named or not attacks:
         empty = "attacks" if named else "threat"
         raise ValueError(f"{empty} is empty: pass at least one.")
@@ -166,6 +171,7 @@ def evaluate(
     live = _Live(len(named) * len(attacks), progress)
     correct = np.flatnonzero(prediction == y)
     found: dict[str, ThreatReport] = {}
+    refused = 0
     for name, t in named.items():
         broken_by = {}
         worst, size = x.copy(), np.zeros(len(x), np.float32)
@@ -188,7 +194,9 @@ def evaluate(
                 inside = np.asarray(
                     threats.is_feasible(here, jnp.asarray(x[correct]), result.x_adv)
                 )
-                broken[correct] = inside & (answers != y[correct])
+                wins = answers != y[correct]
+                refused += int((wins & ~inside).sum())
+                broken[correct] = inside & wins
                 # The first success stays; before it, the newest attempt.
                 earlier = np.any([np.zeros_like(broken), *broken_by.values()], axis=0)
                 take = inside & ~earlier[correct]
@@ -199,6 +207,14 @@ def evaluate(
         robust = (prediction == y) & ~np.any(list(broken_by.values()), axis=0)
         epsilon = float(np.mean(np.asarray(t.epsilon)))
         found[name] = ThreatReport(epsilon, broken_by, robust, worst, size)
+    if refused:
+        flag = checks.Flag(
+            "points outside the threat model",
+            f"{refused} adversarial points were refused: they lie outside ball or box. "
+            "An attack that leaves them is weaker than it could be.",
+        )
+        checks.warn([flag])
+        flags.append(flag)
     config = {"attacks": list(attacks), "batch_size": batch_size}
     return Report(y, index, prediction, found, flags, config)
 

@@ -155,7 +155,9 @@ def read_meta(folder: Path, step: int) -> dict[str, Any]:
     return meta
 
 
-def restore(folder: Path, step: int, like: PyTree, sharding=None, within: str = ""):
+def restore(
+    folder: Path, step: int, like: PyTree, sharding: Any = None, within: str = ""
+):
     """Read a checkpoint into the structure of `like`.
 
     Args:

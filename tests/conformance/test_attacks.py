@@ -46,6 +46,7 @@ ROWS = {
     "fgsm, far L2": Row(rj.fgsm(1e3), ("L2",)),
     "pgd": Row(PGD, ("Linf", "L2")),
     "pgd, one coordinate": Row(rj.pgd(100, 0.5, density=0.0), ("L1",)),
+    "pgd, L0 by default": Row(rj.pgd(40), ("L0",), 0.2),
     "pgd, L0": Row(rj.run(rj.gradient_ascent(_large_steps, False), 5), ("L0",)),
     "restarts": Row(rj.pgd(40, 0.5, num_restarts=2), ("L2",)),
     # Where a coordinate meets a face of the box the last iterates swing a little.

@@ -121,15 +121,37 @@ def test_a_lying_attack_is_not_believed():
         return result
 
     for attack_fn in (liar, outside):
-        report = rj.evaluate(
-            ORACLE.logits_fn,
-            ORACLE.x,
-            ORACLE.y,
-            rj.linf(1e-4),
-            attacks={"mine": attack_fn},
-            **QUIET,
-        )
+        with pytest.warns(rj.ModelWarning, match="were refused"):
+            report = rj.evaluate(
+                ORACLE.logits_fn,
+                ORACLE.x,
+                ORACLE.y,
+                rj.linf(1e-4),
+                attacks={"mine": attack_fn},
+                **QUIET,
+            )
         assert report.robust_accuracy == 1.0
+        assert [flag.name for flag in report.flags] == [
+            "points outside the threat model"
+        ]
+
+
+@pytest.mark.parametrize("upper", [1.0, 255.0])
+def test_the_judge_allows_for_rounding_in_any_box(upper):
+    """In [0, 255] a rounded x_adv - x passes epsilon by more than 1e-6 of it."""
+
+    def scaled(x):
+        return ORACLE.logits_fn(x / upper)
+
+    threat = rj.linf(0.1 * upper, 0, upper)
+    report = rj.evaluate(scaled, upper * ORACLE.x, ORACLE.y, threat, **QUIET)
+    np.testing.assert_array_equal(report.robust, ORACLE.worst_margin > 0)
+    far = np.asarray(ORACLE.x) * upper
+    far[0, 0] = upper / 2 + 0.1001 * upper
+    x = far.copy()
+    x[0, 0] = upper / 2
+    inside = rj.is_feasible(threat, jnp.asarray(x), jnp.asarray(far))
+    assert inside.tolist() == [False] + [True] * 9
 
 
 def test_two_checkpoints_share_one_program():
