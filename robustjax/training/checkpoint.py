@@ -157,7 +157,7 @@ def read_meta(folder: Path, step: int) -> dict[str, Any]:
 
 def restore(
     folder: Path, step: int, like: PyTree, sharding: Any = None, within: str = ""
-):
+) -> PyTree:
     """Read a checkpoint into the structure of `like`.
 
     Args:
