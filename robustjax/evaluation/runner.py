@@ -122,7 +122,8 @@ def evaluate(
     Each attack runs on every correctly classified example. An attack's success counts
     only when the judge confirms it: a fresh forward pass at matmul precision
     `highest` on a point inside the ball (`is_feasible`: 1e-6 and rounding) and the box
-    (exactly). Refused points are flagged. What is misclassified without an attack is not robust.
+    (exactly). Refused points are flagged. What is misclassified without an attack is
+    not robust.
 
     Args:
       logits_fn: see `attack`.

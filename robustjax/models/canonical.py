@@ -6,7 +6,6 @@ a jaxpr and evaluates it anew, with canonical convolutions and pooling in place 
 that fit. Nothing else changes, and weights stay data.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from jax.extend.core import Literal
 from robustjax.models.convolution import canonical_convolution, is_canonical
 from robustjax.models.forms import Geometry
 from robustjax.models.layers import max_pool
+from robustjax.problems import takes_key
 from robustjax.types import Array, Key, LogitsFn
 
 CONVOLUTION = "conv_general_dilated"
@@ -77,7 +77,7 @@ def canonicalize(logits_fn: Callable[..., Array]) -> LogitsFn:
     partial = _as_partial(logits_fn)
     if not is_canonical("auto"):
         return partial
-    return jax.tree_util.Partial(_Canonical(_takes_key(logits_fn)), partial)
+    return jax.tree_util.Partial(_Canonical(takes_key(logits_fn)), partial)
 
 
 def count_convolutions(
@@ -104,17 +104,6 @@ def _as_partial(logits_fn: Callable[..., Array]) -> LogitsFn:
     if isinstance(logits_fn, jax.tree_util.Partial):
         return logits_fn
     return jax.tree_util.Partial(logits_fn)
-
-
-def _takes_key(logits_fn: Callable[..., Array]) -> bool:
-    """Whether the function accepts a second argument; when in doubt it does."""
-    try:
-        inspect.signature(logits_fn).bind(None, None)
-    except TypeError:
-        return False
-    except ValueError:  # no signature to be had
-        return True
-    return True
 
 
 def _opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
