@@ -31,7 +31,7 @@ import jax
 
 import robustjax as rj
 from experiments import common
-from robustjax import data
+from robustjax import data, models
 from robustjax.methods.madry import madry
 from robustjax.training import optimizers
 from robustjax.training.loop import fit
@@ -144,6 +144,7 @@ def main(config: Config) -> dict[str, Any]:
         out=config.out,
         config=common.training_part(config),
         ema_decay=config.ema_decay,
+        compiler_options=models.convolution_options(),
     )
     attacks = {"FGSM": rj.fgsm(), "PGD-20": rj.pgd(20)}
     return common.measure(config.out, model, trained, splits, threat, attacks, began)

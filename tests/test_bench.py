@@ -51,12 +51,14 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios(bench):
     assert timed == ["bare", "ours", "ours", "bare", "bare", "ours"]
 
 
-def test_pytorch_is_judged_by_its_better_layout(bench):
+def test_each_side_is_judged_by_its_better_form(bench):
+    ratios = {("jax", "nchw"): 0.9, ("jax", "channels_last"): 1.3}
+    ratios |= {("onednn", "nchw"): 0.8, ("onednn", "channels_last"): 1.2}
     rows = [
-        {"subject": "jax:a", "baseline": f"torch:{b}", "cpu_ratio": r, "limit": 1.1}
-        for b, r in (("nchw", 0.9), ("channels_last", 1.2))
+        {"subject": f"{w}:a", "baseline": f"torch:{b}", "cpu_ratio": r, "limit": 1.1}
+        for (w, b), r in ratios.items()
     ]
-    assert [row["limit"] for row in bench.best_layout(rows)] == [None, 1.1]
+    assert [row["limit"] for row in bench.best_layout(rows)] == [None] * 3 + [1.1]
 
 
 def test_a_dead_worker_ends_the_bench(bench):

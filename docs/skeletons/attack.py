@@ -5,7 +5,15 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from robustjax import threats
-from robustjax.attacks.base import Attack, AttackFn, Info, first_delta, restarts, run
+from robustjax.attacks.base import (
+    Attack,
+    AttackFn,
+    Info,
+    first_delta,
+    inform,
+    restarts,
+    run,
+)
 from robustjax.gradients import score_and_grad
 from robustjax.problems import Problem
 from robustjax.types import Array, Key
@@ -22,7 +30,9 @@ class NAMEState(NamedTuple):
     previous: Array
 
 
-def NAME(num_steps: int = 40, step_size: float = 0.1, num_restarts: int = 1) -> AttackFn:
+def NAME(
+    num_steps: int = 40, step_size: float = 0.1, num_restarts: int = 1
+) -> AttackFn:
     """One line, then the update rule in math.
 
     `delta <- project(x, delta + step_size * epsilon * steepest(grad + previous / 2))`
@@ -50,8 +60,7 @@ def NAME(num_steps: int = 40, step_size: float = 0.1, num_restarts: int = 1) -> 
         threat, x = problem.threat, problem.x
         x_adv = threats.apply(threat, x, state.delta)
         score, logits, grad = score_and_grad(problem, x_adv, key)
-        size = threats.size(threat, state.delta)
-        info = Info(state.delta, score, problem.success(logits), size)
+        info = inform(problem, state.delta, score, logits)
         # Your idea goes here. Everything is per row: no mean over the batch, no
         # `logits[arange(B), y]`, no sort, no `while_loop` on `any(...)`.
         move = threats.steepest(threat, grad + 0.5 * state.previous)

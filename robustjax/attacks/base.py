@@ -22,14 +22,17 @@ class Info(NamedTuple):
 
     delta:   `[B, ...]` the perturbation that was evaluated, before the move.
     score:   `[B]`.
-    success: `[B]` bool.
+    success: `[B]` bool, whether the point wins inside the ball.
     size:    `[B]`, the norm of `delta`.
+    logits:  `[B, K]` of the model there. The evaluation ranks examples by their margin;
+             without it (None) it ranks by what other attacks found.
     """
 
     delta: Array
     score: Array
     success: Array
     size: Array
+    logits: Array | None = None
 
 
 class Result(NamedTuple):
@@ -130,9 +133,25 @@ def evaluate_point(problem: Problem, delta: Array, key: Key | None) -> Info:
     """Evaluate `x + delta` `[B, ...]`, without a gradient."""
     x_adv = threats.apply(problem.threat, problem.x, delta)
     score, logits = problem.score(x_adv, key)
+    return inform(problem, delta, score, logits)
+
+
+def inform(problem: Problem, delta: Array, score: Array, logits: Array) -> Info:
+    """The `Info` of an evaluated point: it wins only inside the ball.
+
+    A NaN score counts as `-inf`. Minimal-norm attacks walk outside of the ball; the
+    ball allows a rounding error, `1e-6 max(1, epsilon)`.
+
+    Args:
+      problem: what is attacked.
+      delta: `[B, ...]` the perturbation that was evaluated.
+      score, logits: `[B]` and `[B, K]`, what the problem said of it.
+    """
+    threat = problem.threat
+    size = threats.size(threat, delta)
+    inside = size <= threat.epsilon + 1e-6 * jnp.maximum(1, threat.epsilon)
     score = jnp.where(jnp.isnan(score), -jnp.inf, score)
-    size = threats.size(problem.threat, delta)
-    return Info(delta, score, problem.success(logits), size)
+    return Info(delta, score, problem.success(logits) & inside, size, logits)
 
 
 def first_delta(problem: Problem, key: Key, random_start: bool) -> Array:
@@ -146,6 +165,7 @@ def first_delta(problem: Problem, key: Key, random_start: bool) -> Array:
 
 
 def _nothing_found(problem: Problem) -> Info:
+    """What any evaluated point beats."""
     rows = problem.x.shape[:1]
     return Info(
         jnp.zeros_like(problem.x),
@@ -191,12 +211,14 @@ def run(attack: Attack, num_steps: int, keep: Keep = worst) -> AttackFn:
             state, best = carry
             state, info = attack.step(jax.random.fold_in(key_steps, t), state, problem)
             if keep is not last:
+                info = info._replace(logits=None)  # the driver keeps points only
                 best = select(keep(best, info), info, best)
             return (state, best), None
 
         (state, best), _ = jax.lax.scan(body, (state, best), jnp.arange(num_steps))
         final = evaluate_point(problem, state.delta, key_final)
         if keep is not last:
+            final = final._replace(logits=None)
             final = select(keep(best, final), final, best)
         x_adv = threats.apply(problem.threat, problem.x, final.delta)
         result = Result(x_adv, final.success, final.size, final.score)

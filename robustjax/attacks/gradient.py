@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from robustjax import threats
-from robustjax.attacks.base import Attack, Info, first_delta
+from robustjax.attacks.base import Attack, Info, first_delta, inform
 from robustjax.gradients import score_and_grad
 from robustjax.norms import Norm
 from robustjax.problems import Problem
@@ -146,9 +146,7 @@ def attack_step(
     updates, opt_state = direction.update(grad, state.opt_state, state.delta)
     move = threats.scale(threat, jnp.asarray(updates))
     delta = threats.project(threat, problem.x, state.delta + move)
-    info = Info(
-        state.delta, score, problem.success(logits), threats.size(threat, state.delta)
-    )
+    info = inform(problem, state.delta, score, logits)
     return GradientState(delta, opt_state), info
 
 

@@ -1,5 +1,6 @@
 """The layers of the zoo: Flax Linen modules on the canonical convolution."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from robustjax.models.convolution import Convolution, conv2d
+from robustjax.models.convolution import Convolution, conv2d, is_canonical
 from robustjax.types import Array
 
 he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -40,7 +41,7 @@ def normalize(x: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
     return (x.astype(jnp.float32) - shift) * scale
 
 
-def max_pool(x: Array, size: int = 2) -> Array:
+def max_pool(x: Array, size: int = 2, *, convolution: Convolution = "auto") -> Array:
     """Maximum over disjoint windows, by reshape: on CPU far cheaper than
     `lax.reduce_window`, whose gradient scatters.
 
@@ -50,6 +51,8 @@ def max_pool(x: Array, size: int = 2) -> Array:
     Args:
         x: `[B, H, W, C]`.
         size: edge and stride of the window.
+        convolution: "plain" where forward mode is wanted; the canonical form has a
+            reverse-mode rule of its own, which takes half the time.
 
     Returns:
         `[B, H // size, W // size, C]`.
@@ -58,7 +61,41 @@ def max_pool(x: Array, size: int = 2) -> Array:
     >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0].tolist()
     [[5.0, 7.0], [13.0, 15.0]]
     """
+    windows = _windows(x, size)
+    if not is_canonical(convolution):
+        return jnp.max(windows, (2, 4))
+    rows, columns = windows.shape[1] * size, windows.shape[3] * size
+    return _max_pool(x[:, :rows, :columns], size)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _max_pool(x: Array, size: int) -> Array:
     return jnp.max(_windows(x, size), (2, 4))
+
+
+def _max_pool_forward(x: Array, size: int) -> tuple[Array, tuple[Array, Array]]:
+    out = _max_pool(x, size)
+    return out, (x, out)
+
+
+def _max_pool_backward(
+    size: int, residuals: tuple[Array, Array], g: Array
+) -> tuple[Array]:
+    # As autodiff writes it, but counting and dividing once per window instead of once
+    # per pixel: 1.8 instead of 3.5 ms at [128, 28, 28, 32].
+    x, out = residuals
+    windows = _windows(x, size)
+    ties = sum(
+        (windows[:, :, u, :, v] == out).astype(g.dtype)
+        for u in range(size)
+        for v in range(size)
+    )
+    share = (g / ties)[:, :, None, :, None, :]
+    is_largest = windows == out[:, :, None, :, None, :]
+    return (jnp.where(is_largest, share, 0).reshape(x.shape),)
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def average_pool(x: Array, size: int = 2) -> Array:

@@ -40,7 +40,7 @@ class PoolingCNN(nn.Module):
                 name=f"conv{i + 1}",
             )(x)
             # ReLU is monotone: after the pooling it gives the same for less work.
-            x = jax.nn.relu(max_pool(x))
+            x = jax.nn.relu(max_pool(x, convolution=self.convolution))
         x = x.reshape(x.shape[0], -1)
         x = jax.nn.relu(Dense(self.hidden, dtype=self.dtype, name="hidden")(x))
         return Dense(self.num_classes, dtype=self.dtype, name="head")(x).astype(

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -55,10 +55,12 @@ class Dispatcher:
         augment: Callable[[Key, Array, Array], Array] | None,
         mix: Callable[[Key, Batch], Batch] | None,
         mesh: Any,
+        compiler_options: Mapping[str, bool | str] | None = None,
     ):
         order_key, self.augment_key, self.mix_key = jax.random.split(data_key, 3)
         self.step, self.augment, self.mix, self.mesh = step, augment, mix, mesh
         self.batch_size = batch_size
+        self.compiler_options = dict(compiler_options or {})
         self.looped = steps_per_dispatch > 1
         self.host = None if isinstance(data, Resident) else data
         # The order of the examples is made for a window of steps at a time: a sort per
@@ -102,7 +104,11 @@ class Dispatcher:
         bounds = np.int32(start), np.int32(stop)
         if self.compiled is None:
             began = time.monotonic()
-            jitted = jax.jit(self._run, donate_argnums=(0, 1))
+            jitted = jax.jit(
+                self._run,
+                donate_argnums=(0, 1),
+                compiler_options=self.compiler_options,
+            )
             arguments = (state, self.totals, self.data, feed, *bounds)
             self.compiled = jitted.lower(*arguments).compile()
             on_compile(f"compiled in {time.monotonic() - began:.1f} s")

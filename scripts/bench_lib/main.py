@@ -20,23 +20,11 @@ from typing import Any
 from compare import Worker, costs, groups, header, measure, show
 
 HERE = Path(__file__).parent
-ONEDNN = "--xla_cpu_experimental_onednn_custom_call=true"
 SECTIONS = ("step", "loop", "train", "norms", "double", "torch")
 QUICK: dict[str, Any] = {
     "nets": ["mlp"], "batch": 32, "train_batch": 32, "steps": 2, "inner_steps": 2,
     "double_batch": 8, "double_steps": 2, "repeats": 2,
 }  # fmt: skip
-
-
-def flag_is_known(flag: str) -> bool:
-    """Unknown XLA flags abort the process, so another one tries."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-    done = subprocess.run(
-        [sys.executable, "-c", "import jax; jax.devices('cpu')"],
-        env={**os.environ, "XLA_FLAGS": flags},
-        capture_output=True,
-    )
-    return done.returncode == 0
 
 
 def has_torch(python: str) -> bool:
@@ -97,9 +85,7 @@ def main() -> None:
     workers = {"jax": Worker(here, given, **env)}
     on_cpu = workers["jax"].about["platform"] == "cpu"
     if "torch" in options.sections and on_cpu:
-        if flag_is_known(ONEDNN):
-            flags = f"{os.environ.get('XLA_FLAGS', '')} {ONEDNN}".strip()
-            workers["onednn"] = Worker(here, given, **env, XLA_FLAGS=flags)
+        workers["onednn"] = Worker(here, given | {"onednn": True}, **env)
         if has_torch(options.torch_python):
             command = [options.torch_python, str(HERE / "torch_worker.py")]
             threads = {"OMP_NUM_THREADS": str(options.threads)}

@@ -185,7 +185,7 @@ def _run(
                 x = jnp.transpose(x, (0, 3, 1, 2))
             x = x.reshape(x.shape[0], -1)
         elif layer.op == "maxpool":
-            x = max_pool(x, settings["k"])
+            x = max_pool(x, settings["k"], convolution=convolution)
         elif layer.op == "avgpool":
             x = average_pool(x, settings["k"])
         else:
