@@ -27,7 +27,7 @@ import jax
 
 import robustjax as rj
 from experiments import common
-from robustjax import data
+from robustjax import data, models
 from robustjax.methods.madry import madry
 from robustjax.threats import standard_threat
 from robustjax.training import optimizers
@@ -133,6 +133,7 @@ def main(config: Config) -> dict[str, Any]:
         ),
         out=out,
         config=common.training_part(config),
+        compiler_options=models.convolution_options(),
     )
     attacks = {"FGSM": rj.fgsm(), "PGD-40": rj.pgd(40)}
     return common.measure(out, model, trained, splits, threat, attacks, began)
