@@ -1,14 +1,42 @@
 """What an evaluation found, as values, as a table and as files."""
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from robustjax.evaluation import html, table
 from robustjax.evaluation.checks import Flag
-from robustjax.logging import provenance, write_json
+from robustjax.evaluation.intervals import wilson
+from robustjax.logging import plain, provenance, write_json
+
+SCHEMA_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class StageCost:
+    """What one stage of a suite did, and what it cost.
+
+    A pass is one example once through the model, forward or backward.
+
+    points:   the examples it ran on.
+    broken:   those of them that it broke, confirmed by the judge.
+    forward, backward: passes that the attack asked for.
+    executed_forward, executed_backward: passes that the machine ran, padding included.
+    """
+
+    name: str
+    points: int
+    broken: int
+    forward: int
+    backward: int
+    executed_forward: int
+    executed_backward: int
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,11 +44,24 @@ class ThreatReport:
     """What the attacks found under one threat model.
 
     epsilon:   the budget (the mean, where each example has its own).
-    broken_by: attack name -> `[N]` bool, confirmed adversarial examples.
+    broken_by: attack name -> `[N]` bool, confirmed adversarial examples, in the order
+               in which the attacks ran.
     robust:    `[N]` bool: classified correctly, and broken by no attack.
     x_adv:     `[N, ...]`: the first adversarial point found; where there is none, the
                last attempt (`x` if the example was wrong without an attack).
     size:      `[N]`: the norm of `x_adv - x`.
+    norm:      `Linf`, `L2`, ..., for headings.
+    adv_prediction: `[N]`: what the judge sees in `x_adv`; -1: the logits are NaN.
+    margin:    `[N]` float32: the smallest margin that any attack reached, NaN unknown.
+    stages:    what each stage cost.
+    flipped:   index of examples whose final verdict disagreed with the ledger.
+    unconfirmed: index of examples that an attack claimed and the judge never confirmed.
+    notes:     what the suite leaves out, in sentences.
+    further:   an interval for the fraction that more work might still break.
+    curve:     `{"epsilon": [...], "accuracy": [...]}`, accuracy against the budget.
+    individual: every attack ran on every correct example, so that its accuracy is its
+               own. Otherwise an attack ran on what the earlier ones left.
+    epsilons:  `[N]`: the budget of each example, where each has its own.
     """
 
     epsilon: float
@@ -28,20 +69,53 @@ class ThreatReport:
     robust: np.ndarray
     x_adv: np.ndarray
     size: np.ndarray
+    norm: str = ""
+    adv_prediction: np.ndarray | None = None
+    margin: np.ndarray | None = None
+    stages: tuple[StageCost, ...] = ()
+    flipped: tuple[int, ...] = ()
+    unconfirmed: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+    further: tuple[float, float] | None = None
+    curve: dict[str, list[float]] | None = None
+    individual: bool = False
+    epsilons: np.ndarray | None = None
 
     @property
     def robust_accuracy(self) -> float:
         """The fraction that no attack broke."""
         return float(self.robust.mean())
 
+    @property
+    def broken(self) -> np.ndarray:
+        """`[N]` bool: broken by an attack; not those that were wrong without one."""
+        none = np.zeros(len(self.robust), bool)
+        return np.any([none, *self.broken_by.values()], axis=0)
+
+    @property
+    def broken_by_name(self) -> np.ndarray:
+        """`[N]` text: the first attack that broke each example, "" where none did."""
+        width = max([1, *map(len, self.broken_by)])
+        names = np.zeros(len(self.robust), f"<U{width}")
+        for name, broken in self.broken_by.items():
+            names[broken & (names == "")] = name
+        return names
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What `evaluate` returns.
 
-    y, index, prediction: `[N]`, the labels, which examples, the clean predictions.
+    y, index, prediction: `[N]`, the labels, which examples, the clean predictions
+             (-1: the logits are NaN).
     threats: name -> `ThreatReport`.
     flags:   what the model checks found.
+    config:  what was asked for, as JSON knows it; `image_axes` ("HWC", "CHW", "HW") and
+             `class_names` (a list) tell the page how to show an example.
+    x:       `[N, ...]`: the clean inputs, for the pictures.
+    checks:  name -> {"result": "ok" | "flagged" | "not run", "value", "message"}.
+    check_passes: what the checks cost, in passes.
+    randomized: of random models: {"passes", "robust_accuracy_mean", "low", "high"}.
     """
 
     y: np.ndarray
@@ -50,6 +124,11 @@ class Report:
     threats: dict[str, ThreatReport]
     flags: list[Flag]
     config: dict[str, Any]
+    x: np.ndarray | None = None
+    suite: str | None = None
+    checks: dict[str, Any] | None = None
+    check_passes: int = 0
+    randomized: dict[str, Any] | None = None
 
     @property
     def correct(self) -> np.ndarray:
@@ -72,69 +151,112 @@ class Report:
         return float(self.robust.mean())
 
     def accuracy(self, threat: str, attack: str) -> float:
-        """The accuracy under one attack alone."""
-        broken = self.threats[threat].broken_by[attack]
+        """The accuracy under one attack alone; in a sequence: after it.
+
+        In a sequence (`individual` is false) a late attack meets only what is left.
+        What it broke by itself says nothing about its strength, so the accuracy that
+        remains after it and all earlier ones is returned.
+        """
+        found = self.threats[threat]
+        broken = found.broken_by[attack]
+        if not found.individual:
+            names = list(found.broken_by)
+            so_far = names[: names.index(attack) + 1]
+            broken = np.any([found.broken_by[name] for name in so_far], axis=0)
         return float((self.correct & ~broken).mean())
 
     def __str__(self) -> str:
-        """A table: a row for each attack, a column for each threat model."""
-        names = list(self.threats)
-        attacks = list(next(iter(self.threats.values())).broken_by)
-        rows = [["clean"] + [f"{self.clean_accuracy:.3f}"] * len(names)]
-        for attack in attacks:
-            rows.append([attack] + [f"{self.accuracy(n, attack):.3f}" for n in names])
-        if len(attacks) > 1:
-            worst = [f"{self.threats[n].robust_accuracy:.3f}" for n in names]
-            rows.append(["all attacks", *worst])
-        head = ["accuracy"] + [f"{n} {self.threats[n].epsilon:.4g}" for n in names]
-        table = [head, *rows]
-        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in table
-        ]
-        lines.insert(1, "-" * len(lines[0]))
-        if len(names) > 1:
-            lines.append(f"robust under every threat: {self.robust_accuracy:.3f}")
-        lines += [f"!! {flag.name}: {flag.message}" for flag in self.flags]
-        return "\n".join(lines) + f"\n{len(self.y)} examples"
+        """The numbers as a table, the flags last, where a terminal shows them."""
+        return table.render(self)
 
     def summary(self) -> dict[str, Any]:
-        """The numbers, as JSON knows them."""
+        """The numbers, as JSON knows them; docs/report.md explains each."""
+        total = len(self.y)
+        classes = np.unique(self.y)
+        rows = [self.y == c for c in classes]
         return {
-            "num_examples": len(self.y),
+            "schema_version": SCHEMA_VERSION,
+            "suite": self.suite,
+            "num_examples": total,
             "clean_accuracy": self.clean_accuracy,
+            "clean_accuracy_interval": wilson(self.correct.sum(), total),
             "robust_accuracy": self.robust_accuracy,
-            "threats": {
-                name: {
-                    "epsilon": found.epsilon,
-                    "robust_accuracy": found.robust_accuracy,
-                    "accuracy": {a: self.accuracy(name, a) for a in found.broken_by},
-                }
-                for name, found in self.threats.items()
+            "robust_accuracy_interval": wilson(self.robust.sum(), total),
+            "threats": {name: self._threat(name) for name in self.threats},
+            "classes": {
+                "class": classes.tolist(),
+                "num_examples": [int(r.sum()) for r in rows],
+                "clean_accuracy": [float(self.correct[r].mean()) for r in rows],
+                "robust_accuracy": [float(self.robust[r].mean()) for r in rows],
             },
+            "randomized": self.randomized,
             "flags": [flag._asdict() for flag in self.flags],
+            "checks": self.checks,
+            "check_passes": self.check_passes,
             "config": self.config,
         }
 
+    def _threat(self, name: str) -> dict[str, Any]:
+        found = self.threats[name]
+        first = found.broken_by_name
+        sizes = found.size[found.broken]
+        budgets = found.epsilons
+        costs = ("forward", "backward", "executed_forward", "executed_backward")
+        return {
+            "norm": found.norm,
+            "epsilon": found.epsilon,
+            "epsilon_range": None
+            if budgets is None
+            else [float(np.min(budgets)), float(np.max(budgets))],
+            "robust_accuracy": found.robust_accuracy,
+            "robust_accuracy_interval": wilson(found.robust.sum(), len(found.robust)),
+            "individual": found.individual,
+            "accuracy": {a: self.accuracy(name, a) for a in found.broken_by},
+            "broken": {a: int(b.sum()) for a, b in found.broken_by.items()},
+            "broken_first": {a: int((first == a).sum()) for a in found.broken_by},
+            "size_of_broken": None
+            if not len(sizes)
+            else {f.__name__: float(f(sizes)) for f in (np.min, np.median, np.max)},
+            "stages": [dataclasses.asdict(stage) for stage in found.stages],
+            "passes": {c: sum(getattr(s, c) for s in found.stages) for c in costs},
+            "flipped": list(found.flipped),
+            "unconfirmed": list(found.unconfirmed),
+            "further": found.further,
+            "curve": found.curve,
+            "notes": list(found.notes),
+        }
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `report.json` and `examples.npz` (per example) into a folder."""
+        """Write `report.json`, `examples.npz` and `report.html` into a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = {"y": self.y, "index": self.index, "prediction": self.prediction}
-        for name, found in self.threats.items():
-            arrays |= {f"{name}/robust": found.robust, f"{name}/x_adv": found.x_adv}
-            arrays[f"{name}/size"] = found.size
-            for attack, broken in found.broken_by.items():
-                arrays[f"{name}/broken_by/{attack}"] = broken
-        temporary = folder / "examples.npz.saving"
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
-        os.replace(temporary, folder / "examples.npz")
-        write_json(
-            folder / "report.json", self.summary() | {"provenance": provenance()}
-        )
+        origin = provenance()
+        # The run began earlier: what provenance() calls so is the time of writing.
+        origin["written"] = origin.pop("started")
+        with _replacing(folder / "examples.npz") as path, open(path, "wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **_arrays(self))
+        write_json(folder / "report.json", self.summary() | {"provenance": origin})
+        with _replacing(folder / "report.html") as path:
+            path.write_text(html.render(self, plain(origin)), encoding="ascii")
         return folder
+
+
+def _arrays(report: Report) -> dict[str, np.ndarray]:
+    """What `examples.npz` holds."""
+    arrays = {name: getattr(report, name) for name in ("y", "index", "prediction")}
+    for name, found in report.threats.items():
+        for part in ("robust", "x_adv", "size", "margin", "adv_prediction", "epsilons"):
+            if getattr(found, part) is not None:
+                arrays[f"{name}/{part}"] = getattr(found, part)
+        arrays[f"{name}/broken_by_name"] = found.broken_by_name
+        for attack, broken in found.broken_by.items():
+            arrays[f"{name}/broken_by/{attack}"] = broken
+    return arrays
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; readers see the old file or the whole new one."""
+    temporary = path.with_name(path.name + ".saving")
+    yield temporary
+    os.replace(temporary, path)
