@@ -4,8 +4,12 @@ from robustjax.models.base import Model as Model
 from robustjax.models.base import from_linen as from_linen
 from robustjax.models.base import from_nnx as from_nnx
 from robustjax.models.base import logits_fn as logits_fn
+from robustjax.models.cifar_resnet import resnet18 as resnet18
+from robustjax.models.cifar_resnet import resnet50 as resnet50
 from robustjax.models.compiling import convolution_options as convolution_options
 from robustjax.models.convolution import conv2d as conv2d
+from robustjax.models.deepmind import dm_preact_resnet18 as dm_preact_resnet18
+from robustjax.models.deepmind import dm_wide_resnet as dm_wide_resnet
 from robustjax.models.layers import average_pool as average_pool
 from robustjax.models.layers import max_pool as max_pool
 from robustjax.models.layers import normalize as normalize

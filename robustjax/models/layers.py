@@ -153,7 +153,7 @@ class Conv(nn.Module):
     features: int
     kernel_size: int = 3
     stride: int = 1
-    padding: int | str = "SAME"
+    padding: int | str | tuple[tuple[int, int], tuple[int, int]] = "SAME"
     use_bias: bool = False
     kernel_init: Any = he_fan_out
     dtype: Any = jnp.float32

@@ -1,7 +1,7 @@
 """Pre-activation residual networks for 32 x 32 images."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -11,10 +11,16 @@ from robustjax.models.convolution import Convolution
 from robustjax.models.layers import BatchNorm, Conv, Dense, activate, normalize
 from robustjax.types import Array
 
+Shortcut = Literal["activated", "raw"]
+
 
 class PreActBlock(nn.Module):
-    """BN, activation, conv, BN, activation, conv; the shortcut's 1 x 1 convolution
-    reads the pre-activated input."""
+    """BN, activation, conv, BN, activation, conv.
+
+    Where the shape changes the shortcut is a convolution of `shortcut_size`. It reads
+    the input after BN and activation ("activated") or before ("raw"). `pads` are those
+    (before, after) of a 3 x 3 convolution with stride 2.
+    """
 
     features: int
     stride: int
@@ -24,6 +30,9 @@ class PreActBlock(nn.Module):
     batch_groups: int
     dtype: Any
     convolution: Convolution
+    shortcut: Shortcut = "activated"
+    shortcut_size: int = 1
+    pads: tuple[int, int] = (1, 1)
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
@@ -33,11 +42,12 @@ class PreActBlock(nn.Module):
             )
 
         def conv(size: int, stride: int, name: str) -> Conv:
+            uneven = size == 3 and stride == 2
             return Conv(
                 self.features,
                 size,
                 stride,
-                padding=size // 2,
+                padding=(self.pads, self.pads) if uneven else size // 2,
                 dtype=self.dtype,
                 convolution=self.convolution,
                 name=name,
@@ -45,14 +55,19 @@ class PreActBlock(nn.Module):
 
         out = activate(norm("bn1")(x, train=train), self.activation)
         if self.stride != 1 or x.shape[-1] != self.features:
-            x = conv(1, self.stride, "shortcut")(out)
+            source = out if self.shortcut == "activated" else x
+            x = conv(self.shortcut_size, self.stride, "shortcut")(source)
         out = conv(3, self.stride, "conv1")(out)
         out = activate(norm("bn2")(out, train=train), self.activation)
         return x + conv(3, 1, "conv2")(out)
 
 
 class PreActResNet(nn.Module):
-    """A stem, stages of blocks, BN and activation, global average, logits."""
+    """A stem, stages of blocks, BN and activation, global average, logits.
+
+    Without `last_norm` the last BN and activation are left out. `border` is a frame of
+    zeros around the image, before the normalization; the rest is `PreActBlock`'s.
+    """
 
     features: tuple[int, ...]  # of the stem, then of each stage
     blocks: tuple[int, ...]
@@ -65,9 +80,17 @@ class PreActResNet(nn.Module):
     batch_groups: int
     dtype: Any
     convolution: Convolution
+    shortcut: Shortcut = "activated"
+    shortcut_size: int = 1
+    pads: tuple[int, int] = (1, 1)
+    last_norm: bool = True
+    border: int = 0
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
+        if self.border:
+            frame = (self.border, self.border)
+            x = jnp.pad(x, ((0, 0), frame, frame, (0, 0)))
         x = normalize(x, self.mean, self.std)
         x = Conv(
             self.features[0],
@@ -89,12 +112,16 @@ class PreActResNet(nn.Module):
                     self.batch_groups,
                     self.dtype,
                     self.convolution,
+                    self.shortcut,
+                    self.shortcut_size,
+                    self.pads,
                     name=f"stage{stage + 1}_block{block + 1}",
                 )(x, train=train)
-        x = BatchNorm(
-            self.momentum, self.tiny, self.batch_groups, self.dtype, name="bn"
-        )(x, train=train)
-        x = activate(x, self.activation)
+        if self.last_norm:
+            x = BatchNorm(
+                self.momentum, self.tiny, self.batch_groups, self.dtype, name="bn"
+            )(x, train=train)
+            x = activate(x, self.activation)
         x = jnp.mean(x.astype(jnp.float32), (1, 2))
         return Dense(
             self.num_classes,
@@ -109,6 +136,8 @@ def preact_resnet18(
     *,
     width: int = 64,
     activation: str = "relu",
+    shortcut: Shortcut = "activated",
+    last_norm: bool = True,
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
     batch_groups: int = 1,
@@ -127,6 +156,10 @@ def preact_resnet18(
         num_classes: number of logits.
         width: channels of the first stage; 64 is the published net.
         activation: "relu", "silu" or "gelu".
+        shortcut: what the shortcuts' 1 x 1 convolutions read: a block's input after its
+            first BatchNorm and activation, or "raw" (as in the net of Wong et al.).
+        last_norm: False: no BatchNorm and activation before the global average (as in
+            the net of Wong et al.).
         mean: of the inputs, per channel or one value.
         std: likewise.
         batch_groups: ghost BatchNorm groups; must divide the batch.
@@ -138,6 +171,9 @@ def preact_resnet18(
     Returns:
         A model on `[B, H, W, C]`; `extra = {"batch_stats": ...}`.
 
+    Raises:
+        ValueError: on another word for `shortcut`.
+
     Reference: He et al., arXiv:1603.05027; as used by Wong et al., arXiv:2001.03994,
     and Rice et al., arXiv:2002.11569.
 
@@ -147,6 +183,8 @@ def preact_resnet18(
     >>> model.apply(params, extra, jnp.zeros((5, 16, 16, 3)))[0].shape
     (5, 10)
     """
+    if shortcut not in ("activated", "raw"):
+        raise ValueError(f"shortcut={shortcut!r}: choose 'activated' or 'raw'.")
     return from_linen(
         PreActResNet(
             (width, width, 2 * width, 4 * width, 8 * width),
@@ -160,5 +198,7 @@ def preact_resnet18(
             batch_groups,
             dtype,
             convolution,
+            shortcut,
+            last_norm=last_norm,
         )
     )

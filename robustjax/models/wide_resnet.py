@@ -15,6 +15,7 @@ def wide_resnet(
     widen_factor: int = 10,
     num_classes: int = 10,
     *,
+    base_width: int = 16,
     activation: str = "relu",
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
@@ -26,13 +27,14 @@ def wide_resnet(
 ) -> Model:
     """WideResNet-d-k: three stages of (d - 4) / 6 pre-activation blocks.
 
-    A stem of 16 channels, then `16 k, 32 k, 64 k`; strides (1, 2, 2); no dropout.
+    A stem of w channels (16), then `w k, 2 w k, 4 w k`; strides (1, 2, 2); no dropout.
     Convolutions are initialized by He's rule with fan-out.
 
     Args:
         depth: d, with d - 4 a multiple of 6: 28, 34, 70.
         widen_factor: k, the multiple of the base widths.
         num_classes: number of logits.
+        base_width: w, the channels of the stem; 16 is the published net.
         activation: "relu", "silu" (as Gowal et al., arXiv:2010.03593) or "gelu".
         mean: of the inputs, per channel or one value.
         std: likewise.
@@ -56,14 +58,11 @@ def wide_resnet(
     >>> model.apply(params, extra, jnp.zeros((5, 16, 16, 3)))[0].shape
     (5, 10)
     """
-    if depth < 10 or (depth - 4) % 6:
-        raise ValueError(
-            f"depth={depth}: a WideResNet has 6 n + 4 layers, such as 16, 28, 34, 70."
-        )
-    count = (depth - 4) // 6
+    count = blocks_per_stage(depth)
+    width = base_width * widen_factor
     return from_linen(
         PreActResNet(
-            (16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor),
+            (base_width, width, 2 * width, 4 * width),
             (count, count, count),
             num_classes,
             activation,
@@ -76,3 +75,22 @@ def wide_resnet(
             convolution,
         )
     )
+
+
+def blocks_per_stage(depth: int) -> int:
+    """(d - 4) / 6: the blocks in each stage of a WideResNet with d layers.
+
+    Args:
+        depth: d, with d - 4 a multiple of 6.
+
+    Raises:
+        ValueError: when it is not.
+
+    >>> blocks_per_stage(28)
+    4
+    """
+    if depth < 10 or (depth - 4) % 6:
+        raise ValueError(
+            f"depth={depth}: a WideResNet has 6 n + 4 layers, such as 16, 28, 34, 70."
+        )
+    return (depth - 4) // 6
