@@ -113,6 +113,7 @@ def _cards(report: "Report") -> str:
     for name, t in report.threats.items():
         if t.further is not None:
             low, high = (tables.percent(part, total) for part in t.further)
+            low = low.removesuffix(" %")
             which = f", {name}" if len(names) > 1 else ""
             cards.append(
                 _card(
@@ -130,7 +131,7 @@ def _cards(report: "Report") -> str:
             _card(
                 "Cost",
                 f"{count(asked / total)} passes",
-                f"per example; executed {executed / max(asked, 1):.2f} times that",
+                f"per example; executed: {executed / max(asked, 1):.2f} times that",
                 f"{sum(s.seconds for s in stages):,.1f} s",
             )
         )

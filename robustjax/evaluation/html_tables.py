@@ -71,16 +71,17 @@ def attacks(report: "Report", name: str) -> str:
     free = [s.name for s in found.stages if s.name not in found.broken_by]
     rows = []
     for attack in [*found.broken_by, *dict.fromkeys(free)]:
+        known = attack in found.broken_by
+        stages = [s for s in found.stages if s.name == attack]
         won = found.broken_by.get(attack, np.zeros(total, bool))
         number = int(won.sum() if found.individual else (first == attack).sum())
-        known = attack in found.broken_by
+        number = number if known else sum(s.broken for s in stages)
         row = [escape(attack)]
         row += [percent(report.accuracy(name, attack), total) if known else ""]
         row += [str(number)]
         row += [str(int((won & (times == 1)).sum()))] if found.individual else []
         share = number / max(broken, 1)
         row += [f"{100 * share:.1f} % {bar(('broken', share))}"]
-        stages = [s for s in found.stages if s.name == attack]
         rows.append(row + (_costs(stages, number) if costs else []))
     last = ["all", percent(found.robust_accuracy, total), str(broken)]
     last += [""] * (found.individual + 1)
@@ -199,6 +200,8 @@ def _flat(facts: dict[str, Any], before: str = "") -> Iterable[tuple[str, str]]:
 def _value(value: Any, most: int = 400, empty: str = "not set") -> str:
     """A value in a cell: floats in six figures, long ones cut (report.json has all)."""
     value = plain(value)
+    if value is None:
+        return empty
     if isinstance(value, float):
         return f"{value:.6g}"
     text = value if isinstance(value, str) else json.dumps(value)

@@ -72,7 +72,7 @@ def listed(index: Sequence[int], most: int = 12) -> str:
 
 
 def count(number: float) -> str:
-    """A count in four figures at most.
+    """A count in about three figures.
 
     >>> [count(n) for n in (0, 999, 12345, 2_500_000)]
     ['0', '999', '12.3k', '2.5M']
@@ -110,12 +110,13 @@ def _blocks(report: "Report") -> list[str]:
         head = [f"{title} {t.epsilon:.4g}", "accuracy", "broken", "of"]
         rows = [[*head, "forward", "backward", "executed", "s"]]
         rows.append(["clean", f"{report.clean_accuracy:.3f}", *[""] * 6])
-        names = [s.name for s in t.stages if s.name not in t.broken_by]
-        for attack in [*t.broken_by, *dict.fromkeys(names)]:
-            known, won = attack in t.broken_by, t.broken_by.get(attack)
-            accuracy = f"{report.accuracy(name, attack):.3f}" if known else ""
-            broken = "" if won is None else str(int(won.sum()))
-            rows.append([_label(t, attack), accuracy, broken, *_costs(t, attack)])
+        for attack in dict.fromkeys([*t.broken_by, *(s.name for s in t.stages)]):
+            label, accuracy = attack, ""
+            broken = sum(s.broken for s in t.stages if s.name == attack)
+            if attack in t.broken_by:
+                label, accuracy = _label(t, attack), report.accuracy(name, attack)
+                accuracy, broken = f"{accuracy:.3f}", int(t.broken_by[attack].sum())
+            rows.append([label, accuracy, str(broken), *_costs(t, attack)])
         worst = [f"{t.robust_accuracy:.3f}", str(int(t.broken.sum()))]
         rows.append(["all attacks", *worst, *_costs(t, None)])
         lines += [*_aligned(rows), ""]
