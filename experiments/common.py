@@ -157,9 +157,10 @@ def validator(
         report = rj.evaluate(
             models.logits_fn(model, params, extra),
             *(x, y, threat),
+            suite=None,
             attacks=attacks,
             batch_size=100,
-            run_checks=False,
+            checks="none",
             progress=False,
         )
         return {
@@ -181,7 +182,14 @@ def measure(
 ) -> dict[str, Any]:
     """Evaluate the chosen checkpoint on the test images; print and save the results."""
     f = models.logits_fn(model, trained.params, trained.extra)
-    report = rj.evaluate(f, *splits.test, threat, attacks=attacks, batch_size=250)
+    report = rj.evaluate(
+        f,
+        *(*splits.test, threat),
+        suite=None,
+        attacks=attacks,
+        individual=True,
+        batch_size=250,
+    )
     print(report)
     found = next(iter(report.threats))
     results = {

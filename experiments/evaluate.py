@@ -1,12 +1,15 @@
-"""Attack any trained run: every norm; noise, FGSM, PGD, momentum, Adam.
+"""Evaluate any trained run: AutoAttack and its relatives, or single attacks.
 
+    python -m experiments.evaluate --run runs/madry_cifar --suite standard
+    python -m experiments.evaluate --run runs/madry_cifar --suite fast --num-test 500
     python -m experiments.evaluate --run runs/madry_cifar --data-dir DIR
     python -m experiments.evaluate --run runs/quickstart/madry
     python -m experiments.evaluate --run RUN --norms Linf L2 --epsilons 8/255 0.5
 
-Writes into `--out`: `results.json` and `report.json` (every attack's accuracy),
-`examples.npz` (per example: what broke it, and the worst point found). An attack's
-success counts when a fresh forward pass confirms it. Measured: docs/reproduce.md.
+Writes into `--out`: `results.json`, `report.json` and `report.html` (docs/report.md),
+`examples.npz` (per example: what broke it, and the worst point found), and a ledger
+from which the same command goes on. An attack's success counts when a fresh forward
+pass confirms it. Measured: docs/reproduce.md.
 """
 
 import json
@@ -31,6 +34,7 @@ BUDGETS = {
     "cifar10": {"Linf": "8/255", "L2": "0.5", "L1": "12", "L0": "24"},
 }
 Norm = Literal["Linf", "L2", "L1", "L0"]
+NORMS: tuple[Norm, ...] = ("Linf", "L2", "L1", "L0")
 Name = Literal["noise", "FGSM", "PGD", "momentum", "Adam"]
 
 
@@ -46,13 +50,20 @@ class Config:
     """Where the data set lies (docs/data.md); absent: $ROBUSTJAX_DATA_DIR."""
     seed: int = 0
     """Decides the attacks' random starts."""
-    norms: tuple[Norm, ...] = ("Linf", "L2", "L1", "L0")
-    """Threat models, as in `--norms Linf L2`."""
+    norms: tuple[Norm, ...] | None = None
+    """Threat models, as in `--norms Linf L2`; absent: Linf for a suite, all without."""
     epsilons: tuple[str, ...] = ()
     """A budget for each of them, as in `--epsilons 8/255 0.5`; absent: the customary
     ones of the data set."""
-    attacks: tuple[Name, ...] = ("noise", "FGSM", "PGD", "momentum", "Adam")
-    """Which attacks."""
+    suite: Literal["standard", "fast", "strong", "plus", "rand"] | None = None
+    """A suite of attacks: "standard" is AutoAttack, "fast" a cheap verdict of its kind,
+    "strong" goes further. Absent: single attacks, each on its own."""
+    checks: Literal["default", "full", "none"] = "default"
+    """What to look at that makes a model's robustness doubtful."""
+    resume: bool = True
+    """Remember what a suite has finished (`--out`/ledger): the same command goes on."""
+    attacks: tuple[Name, ...] | None = None
+    """Which single attacks; absent: none beside a suite, all without one."""
     num_steps: int = 20
     """Of PGD, momentum and Adam; and how many noise samples."""
     num_restarts: int = 1
@@ -90,10 +101,11 @@ def main(config: Config) -> dict[str, Any]:
     found = data.load(dataset, config.data_dir)
     x = data.to_float(jnp.asarray(found.x_test[: config.num_test]), found.max_value)
     y = found.y_test[: config.num_test]
-    budgets = config.epsilons or tuple(BUDGETS[dataset][n] for n in config.norms)
-    if len(budgets) != len(config.norms):
+    norms = config.norms or (("Linf",) if config.suite else tuple(NORMS))
+    budgets = config.epsilons or tuple(BUDGETS[dataset][n] for n in norms)
+    if len(budgets) != len(norms):
         raise ValueError(
-            f"epsilons={budgets} for norms={config.norms}: give one budget per norm."
+            f"epsilons={budgets} for norms={norms}: give one budget per norm."
         )
     steps, restarts = config.num_steps, config.num_restarts
     known = {
@@ -103,18 +115,23 @@ def main(config: Config) -> dict[str, Any]:
         "momentum": rj.momentum(steps),
         "Adam": rj.adam(steps, num_restarts=restarts),
     }
+    single = () if config.suite else tuple(known)
+    out = Path(config.out or Path(config.run) / "evaluation")
     report = rj.evaluate(
         f,
         np.asarray(x),
         y,
-        {n: rj.threat(n, e) for n, e in zip(config.norms, budgets, strict=True)},
-        attacks={name: known[name] for name in config.attacks},
+        {n: rj.threat(n, e) for n, e in zip(norms, budgets, strict=True)},
+        suite=config.suite,
+        attacks={name: known[name] for name in config.attacks or single},
+        individual=True,
         key=jax.random.key(config.seed),
         batch_size=config.batch_size,
+        checks=config.checks,
+        resume=out / "ledger" if config.suite and config.resume else None,
     )
     used = f"{found.source}; first {len(y):,} test images"
     print(used, report, sep="\n")
-    out = Path(config.out or Path(config.run) / "evaluation")
     report.save(out)
     return common.save_results(
         out,

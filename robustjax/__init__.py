@@ -7,6 +7,7 @@
 [True, False]
 """
 
+from robustjax.attacks.apgd import apgd, apgd_targeted
 from robustjax.attacks.base import (
     Attack,
     AttackFn,
@@ -21,6 +22,7 @@ from robustjax.attacks.base import (
     smallest,
     worst,
 )
+from robustjax.attacks.fab import fab
 from robustjax.attacks.gradient import (
     GradientState,
     attack_step,
@@ -31,7 +33,9 @@ from robustjax.attacks.gradient import (
 )
 from robustjax.attacks.noise import noise
 from robustjax.attacks.pgd import adam, fgsm, momentum, pgd
+from robustjax.attacks.square import square
 from robustjax.evaluation.checks import ModelWarning
+from robustjax.evaluation.curves import Curve, minimal_norm_curve, sweep_curve
 from robustjax.evaluation.report import Report, ThreatReport
 from robustjax.evaluation.runner import attack, evaluate
 from robustjax.gradients import bpda, eot, score_and_grad
@@ -61,6 +65,8 @@ from robustjax.types import Batch, LogitsFn
 
 __all__ = [
     "adam",
+    "apgd",
+    "apgd_targeted",
     "AnyOf",
     "Attack",
     "attack",
@@ -68,9 +74,11 @@ __all__ = [
     "AttackFn",
     "Batch",
     "bpda",
+    "Curve",
     "eot",
     "evaluate",
     "example_keys",
+    "fab",
     "fgsm",
     "gradient_ascent",
     "GradientState",
@@ -87,6 +95,7 @@ __all__ = [
     "Linf",
     "LogitsFn",
     "maximize",
+    "minimal_norm_curve",
     "ModelWarning",
     "momentum",
     "multi_target",
@@ -107,9 +116,11 @@ __all__ = [
     "score_and_grad",
     "sequence",
     "smallest",
+    "square",
     "sparse_steepest",
     "stack",
     "steepest",
+    "sweep_curve",
     "targeted",
     "threat",
     "ThreatModel",

@@ -162,6 +162,18 @@ def dlr_targeted(logits: Array, labels: Array, targets: Array) -> Array:
     return -difference / (largest[0] - low + 1e-12)
 
 
+def difference(logits: Array, labels: Array, targets: Array) -> Array:
+    """`z_t - z_y`, `[B]`: whose zero is the boundary to class t (targeted FAB).
+
+    >>> import jax.numpy as jnp
+    >>> z = jnp.array([[4.0, 3.0, 1.0]])
+    >>> difference(z, jnp.array([0]), jnp.array([1])).tolist()
+    [-1.0]
+    """
+    logits = finite(logits)
+    return _at(logits, targets) - _at(logits, labels)
+
+
 def kl(logits: Array, reference_logits: Array) -> Array:
     """`KL(reference || prediction)` of two logit arrays `[B, K]`, `[B]`.
 

@@ -61,6 +61,7 @@ def test_pgd_against_autoattack(name, dataset, threat, reference, most_missed):
         images.astype(np.float32) / 255,
         known["label"],
         threat,
+        suite=None,
         attacks=ATTACKS,
         index=known["index"],
         batch_size=COUNT,

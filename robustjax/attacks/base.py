@@ -4,6 +4,7 @@ An attack's file holds its own idea: an `init` and a `step`. Best points, restar
 targets and sequences are kept here, once, for all of them.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -65,6 +66,41 @@ class AttackFn(Protocol):
     """`(key, problem) -> Result`: what drivers and combinators make and take."""
 
     def __call__(self, key: Key, problem: Problem) -> Result: ...
+
+
+def check_attack_fn(attack_fn: Any) -> None:
+    """Raise TypeError where this is no attack, such as the function that makes one.
+
+    An attack takes `(key, problem)`; in a maker the first argument has a default.
+
+    >>> from robustjax.attacks.pgd import pgd
+    >>> check_attack_fn(pgd)
+    Traceback (most recent call last):
+    ...
+    TypeError: the attack is pgd(num_steps, ...), which makes one: call it, pgd().
+    """
+    if not callable(attack_fn):
+        raise TypeError(
+            f"the attack is {attack_fn!r}, no function (key, problem): give one such "
+            "as pgd(10)."
+        )
+    try:
+        signature = inspect.signature(attack_fn)
+    except (TypeError, ValueError):  # a callable without a signature
+        return
+    name = getattr(attack_fn, "__name__", "attack")
+    parameters = list(signature.parameters.values())
+    if parameters and parameters[0].default is not inspect.Parameter.empty:
+        raise TypeError(
+            f"the attack is {name}({parameters[0].name}, ...), which makes one: call "
+            f"it, {name}()."
+        )
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        raise TypeError(
+            f"the attack is {name}{signature}; an attack takes (key, problem)."
+        ) from None
 
 
 def last(best: Info | Result, new: Info | Result) -> Array:

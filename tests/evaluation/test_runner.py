@@ -12,11 +12,14 @@ from robustjax import testing
 from robustjax.evaluation import runner
 
 ORACLE = testing.linear_oracle("Linf", batch_size=10, box_active=True, seed=3)
-QUIET = {"progress": False, "run_checks": False}
+QUIET = {"progress": False, "checks": "none"}
+# Two attacks, each on everybody: cheaper to compile than a suite.
+SINGLE = {"suite": None, "attacks": {"FGSM": runner.FGSM, "PGD-40": runner.PGD}}
+SINGLE |= {"individual": True, **QUIET}
 
 
 def test_robust_accuracy_is_that_of_the_linear_oracle():
-    report = rj.evaluate(ORACLE.logits_fn, ORACLE.x, ORACLE.y, ORACLE.threat, **QUIET)
+    report = rj.evaluate(ORACLE.logits_fn, ORACLE.x, ORACLE.y, ORACLE.threat, **SINGLE)
     np.testing.assert_array_equal(report.robust, ORACLE.worst_margin > 0)
     assert report.clean_accuracy == 1.0
     assert 0 < report.robust_accuracy < 1
@@ -31,7 +34,7 @@ def test_robust_accuracy_is_that_of_the_linear_oracle():
 def test_misclassified_examples_are_not_robust_and_not_attacked():
     y = np.array(ORACLE.y)
     y[:3] = 1 - y[:3]
-    report = rj.evaluate(ORACLE.logits_fn, ORACLE.x, y, ORACLE.threat, **QUIET)
+    report = rj.evaluate(ORACLE.logits_fn, ORACLE.x, y, ORACLE.threat, **SINGLE)
     assert report.clean_accuracy == pytest.approx(0.7)
     assert not report.robust[:3].any()
     np.testing.assert_array_equal(report.threats["threat"].x_adv[:3], ORACLE.x[:3])
@@ -39,7 +42,7 @@ def test_misclassified_examples_are_not_robust_and_not_attacked():
 
 def test_a_wrong_model_has_accuracy_zero():
     y = 1 - np.array(ORACLE.y)
-    report = rj.evaluate(ORACLE.logits_fn, ORACLE.x, y, ORACLE.threat, **QUIET)
+    report = rj.evaluate(ORACLE.logits_fn, ORACLE.x, y, ORACLE.threat, **SINGLE)
     assert report.clean_accuracy == report.robust_accuracy == 0.0
 
 
@@ -73,7 +76,7 @@ def test_every_example_may_have_its_own_epsilon():
     epsilon = np.linspace(0, 0.3, 10).astype(np.float32)
     threat = rj.linf(epsilon)
     report = rj.evaluate(
-        ORACLE.logits_fn, ORACLE.x, ORACLE.y, threat, batch_size=4, **QUIET
+        ORACLE.logits_fn, ORACLE.x, ORACLE.y, threat, batch_size=4, **SINGLE
     )
     worst = [
         testing._least(
@@ -92,7 +95,7 @@ def test_every_example_may_have_its_own_epsilon():
 
 def test_several_threats_and_their_union(tmp_path):
     threats = {"Linf": rj.linf(0.1), "L2": rj.l2(0.3)}
-    report = rj.evaluate(ORACLE.logits_fn, ORACLE.x, ORACLE.y, threats, **QUIET)
+    report = rj.evaluate(ORACLE.logits_fn, ORACLE.x, ORACLE.y, threats, **SINGLE)
     both = report.threats["Linf"].robust & report.threats["L2"].robust
     np.testing.assert_array_equal(report.robust, both)
     folder = report.save(tmp_path / "aa")
@@ -127,6 +130,7 @@ def test_a_lying_attack_is_not_believed():
                 ORACLE.x,
                 ORACLE.y,
                 rj.linf(1e-4),
+                suite=None,
                 attacks={"mine": attack_fn},
                 **QUIET,
             )
@@ -144,7 +148,7 @@ def test_the_judge_allows_for_rounding_in_any_box(upper):
         return ORACLE.logits_fn(x / upper)
 
     threat = rj.linf(0.1 * upper, 0, upper)
-    report = rj.evaluate(scaled, upper * ORACLE.x, ORACLE.y, threat, **QUIET)
+    report = rj.evaluate(scaled, upper * ORACLE.x, ORACLE.y, threat, **SINGLE)
     np.testing.assert_array_equal(report.robust, ORACLE.worst_margin > 0)
     far = np.asarray(ORACLE.x) * upper
     far[0, 0] = upper / 2 + 0.1001 * upper

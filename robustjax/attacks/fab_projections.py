@@ -1,0 +1,89 @@
+"""The nearest point of a hyperplane inside a box, for ONE example, without a sort."""
+
+import jax.numpy as jnp
+
+from robustjax.norms import L1, L2, AnyOf, Linf, Norm, _bits, _threshold
+from robustjax.types import Array
+
+
+def nearest_on_plane(
+    norm: Norm, value: Array, w: Array, low: Array, high: Array
+) -> Array:
+    """`argmin ||d||` with `value + <w, d> = 0` and `low <= d <= high`.
+
+    Each coordinate moves against `sign(value) w`, by as much as its room allows:
+    Linf all by one length, L2 in proportion to `|w|`, L1 the steepest ones first. The
+    length, the proportion or the steepness is found to the last bit by bisection. Where
+    the box ends before the plane, every coordinate with `w != 0` goes to its end.
+
+    Args:
+      norm: Linf, L2 or L1.
+      value: scalar, what the linear function is at d = 0.
+      w: its gradient.
+      low, high: the room of each coordinate, `low <= 0 <= high`.
+
+    Raises:
+      TypeError: another norm.
+
+    Reference: Croce and Hein, arXiv 1907.02044, who sort.
+
+    >>> w, room = jnp.array([2.0, 1.0]), jnp.ones(2)
+    >>> print(nearest_on_plane(Linf(), jnp.float32(1.5), w, -room, room))
+    [-0.5 -0.5]
+    >>> print(nearest_on_plane(L1(), jnp.float32(2.5), w, -room, room))
+    [-1.  -0.5]
+    """
+    if isinstance(norm, AnyOf):
+        return norm._switch(
+            lambda member, *rest: nearest_on_plane(member, *rest), value, w, low, high
+        )
+    if not isinstance(norm, Linf | L2 | L1):
+        raise TypeError(f"FAB has no projection for {norm}: use Linf, L2 or L1.")
+    shape = w.shape
+    w, low, high = w.ravel(), low.ravel(), high.ravel()
+    # In units of the largest weight: nothing overflows and nothing vanishes.
+    largest = jnp.max(jnp.abs(w))
+    unit = jnp.where(largest > 0, largest, 1)
+    w, need = w / unit, jnp.abs(value) / unit
+    against = -jnp.sign(w) * jnp.where(value < 0, -1, 1)
+    steep = jnp.abs(w)
+    room = jnp.where(against > 0, high, -low)
+    room = jnp.where(steep > 0, room, 0)
+    if isinstance(norm, L1):
+        length = _l1(steep, room, need)
+    else:
+        rate = jnp.where(steep > 0, 1, 0) if isinstance(norm, Linf) else steep
+
+        def gained(t):
+            return jnp.sum(steep * jnp.minimum(t * rate, room))
+
+        last = jnp.full((), jnp.finfo(w.dtype).max / 4, w.dtype)
+        _, t = _threshold(lambda t: gained(t) >= need, last)
+        length = jnp.minimum(t * rate, room)
+    reachable = jnp.sum(steep * room) > need
+    length = jnp.where(reachable, length, room)
+    return (against * length).reshape(shape)
+
+
+def _l1(steep: Array, room: Array, need: Array) -> Array:
+    """The steepest coordinates to their ends, those at the threshold by a part."""
+
+    def beyond(t):
+        return jnp.sum(jnp.where(steep > t, steep * room, 0))
+
+    # The least threshold beyond which too little is gained: what is steeper goes to
+    # its end, what lies on the threshold shares the rest.
+    top = jnp.max(steep)
+    _, t = _threshold(lambda t: beyond(t) <= need, jnp.maximum(top, 1e-30))
+    whole = steep > t
+    # Thresholds are neighbors in floats: what is not whole but reached is exactly t.
+    partial = ~whole & (_bits(steep) == _bits(t)) & (steep > 0)
+    rest = need - jnp.sum(jnp.where(whole, steep * room, 0))
+    there = jnp.sum(jnp.where(partial, steep * room, 0))
+    part = jnp.clip(rest / jnp.where(there > 0, there, 1), 0, 1)
+    # An infinite room (no box): the first of them takes what is left.
+    finite = jnp.isfinite(room)
+    share = jnp.where(finite, part * room, rest / jnp.where(steep > 0, steep, 1))
+    first = jnp.cumsum(partial & ~finite) == 1
+    share = jnp.where(finite | first, share, 0)
+    return jnp.where(whole, room, jnp.where(partial, share, 0))

@@ -1,0 +1,196 @@
+"""What an evaluation has finished, on disk, so that a killed run goes on.
+
+A folder holds `header.json` (what the verdicts belong to, as hashes), `logits.npy` (the
+model's clean answers), `ledger.jsonl` (a line for each finished group of rows of each
+stage, appended and flushed) and `groups/` (their arrays, written before the line). A
+line that a kill has cut is ignored; its group is run again.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import robustjax
+from robustjax.evaluation.driver import Outcome, Passes
+from robustjax.logging import write_json
+from robustjax.types import PyTree
+
+
+def digest(*values: Any) -> str:
+    """A hash of arrays, texts and numbers, in their order.
+
+    >>> digest(np.zeros(2), "a") == digest(np.zeros(2), "a") != digest(np.zeros(3), "a")
+    True
+    """
+    found = hashlib.sha256()
+    for value in values:
+        if isinstance(value, str | int | float):
+            found.update(repr(value).encode())
+            continue
+        array = np.asarray(value)
+        found.update(f"{array.dtype}{array.shape}".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()[:16]
+
+
+def tree_digest(tree: PyTree) -> str:
+    """A hash of a pytree's leaves; keys count as their data."""
+    leaves = [
+        jax.random.key_data(leaf)
+        if isinstance(leaf, jax.Array)
+        and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        else leaf
+        for leaf in jax.tree.leaves(tree)
+    ]
+    return digest(*leaves)
+
+
+def code_digest() -> str:
+    """A hash of the sources that decide a verdict: geometry, attacks, evaluation."""
+    root = Path(robustjax.__file__).parent
+    files = [*root.glob("*.py"), *root.glob("attacks/*.py")]
+    files += root.glob("evaluation/*.py")
+    return digest(*(file.read_text() for file in sorted(files)))
+
+
+class Ledger:
+    """The folder of one evaluation under one threat model.
+
+    Args:
+      folder: made where it is missing.
+      header: name -> hash or text; an existing header must agree.
+      logits: `[N, K]` the model's clean answers, compared up to rounding.
+
+    Raises:
+      ValueError: the folder belongs to another model, data set, threat, suite or key;
+        the message names the field.
+      NotADirectoryError: the folder is a file.
+    """
+
+    def __init__(self, folder: Path, header: dict[str, str], logits: np.ndarray):
+        self.folder = folder
+        self.lines: dict[str, dict[str, Any]] = {}
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"resume={folder} is a file; give a folder.")
+        (folder / "groups").mkdir(parents=True, exist_ok=True)
+        path = folder / "header.json"
+        if path.exists():
+            _compare(folder, json.loads(path.read_text()), header, logits)
+        else:
+            np.save(folder / "logits.npy", logits)
+            write_json(path, header)
+        self.file = folder / "ledger.jsonl"
+        whole = self.file.read_bytes() if self.file.exists() else b""
+        ends = whole.rfind(b"\n") + 1
+        for line in whole[:ends].splitlines():
+            row = json.loads(line)
+            self.lines[row["group"]] = row
+        if ends < len(whole):  # cut by a kill: the next line must begin a line
+            with open(self.file, "r+b") as file:
+                file.truncate(ends)
+
+    def get(self, group: str, index: np.ndarray, x: np.ndarray) -> Outcome | None:
+        """What a group gave; None: it is not finished.
+
+        Args:
+          group: the stage's label and the group's number.
+          index: `[n]` of its rows, which must be those of the ledger.
+          x: `[n, ...]` where nothing better is stored.
+        """
+        row = self.lines.get(group)
+        if row is None:
+            return None
+        if row["index"] != digest(index):
+            raise ValueError(
+                f"resume={self.folder}: the ledger's rows of {group!r} are not those "
+                "of this run, although all else agrees. Delete the folder, and please "
+                "report it."
+            )
+        with np.load(self.folder / "groups" / row["file"]) as arrays:
+            x_adv = np.array(x, np.float32)
+            x_adv[arrays["places"]] = arrays["points"]
+            return Outcome(
+                arrays["broken"],
+                x_adv,
+                arrays["margin"],
+                arrays["handed"],
+                arrays["refused"],
+                Passes(*row["passes"]),
+            )
+
+    def put(
+        self, group: str, stage: str, index: np.ndarray, outcome: Outcome, points: bool
+    ) -> None:
+        """Write what a group gave; `points`: those of unbroken rows too."""
+        name = f"{len(self.lines):06d}.npz"
+        kept = np.ones_like(outcome.broken) if points else outcome.broken
+        places = np.flatnonzero(kept)
+        temporary = self.folder / "groups" / f"{name}.saving"
+        with open(temporary, "wb") as file:
+            np.savez(
+                file,
+                allow_pickle=False,
+                places=places,
+                points=outcome.x_adv[places],
+                broken=outcome.broken,
+                margin=outcome.margin,
+                handed=outcome.handed,
+                refused=outcome.refused,
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.folder / "groups" / name)
+        row = {
+            "group": group,
+            "stage": stage,
+            "index": digest(index),
+            "examples": len(index),
+            "broken": np.asarray(index)[outcome.broken].tolist(),
+            "passes": list(outcome.passes),
+            "file": name,
+        }
+        with open(self.file, "a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.lines[group] = row
+
+
+FIXES = {
+    "model": "the model's weights differ",
+    "logits": "the model's clean answers differ",
+    "x": "the inputs differ",
+    "y": "the labels differ",
+    "index": "the example indices differ",
+    "threat": "norm, epsilon or box differ",
+    "suite": "the suite, its constants or the added attacks differ",
+    "key": "the random key differs",
+    "rows": "the rows per device differ",
+    "code": "the code has changed since",
+}
+
+
+def _compare(folder, old: dict[str, str], new: dict[str, str], logits) -> None:
+    for name, value in new.items():
+        if old.get(name) != value:
+            raise ValueError(
+                f"resume={folder} was begun with another {name!r}: {FIXES[name]} "
+                f"({old.get(name)} then, {value} now). Give a new folder, or delete "
+                "this one."
+            )
+    known = np.load(folder / "logits.npy")
+    usable = np.isfinite(known) & np.isfinite(logits)
+    scale = max(float(np.abs(known[usable]).max(initial=0)), 1e-6)
+    same = known.shape == logits.shape and np.allclose(
+        known, logits, rtol=0, atol=1e-4 * scale, equal_nan=True
+    )
+    if not same:
+        raise ValueError(
+            f"resume={folder} was begun with another 'logits': {FIXES['logits']}, so "
+            "this is another checkpoint. Give a new folder, or delete this one."
+        )

@@ -1,0 +1,339 @@
+"""Suites, driver and ledger on models whose truth is known."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import robustjax as rj
+from robustjax import testing
+from robustjax.attacks.base import Attack, inform
+from robustjax.evaluation import board as board_module
+from robustjax.evaluation import driver, fast, runner, suites
+from robustjax.models.canonical import canonicalize
+from robustjax.parallel import data_mesh
+
+QUIET = {"progress": False, "checks": "none"}
+COUNT = 24
+
+
+def net(weights, x, key=None):
+    hidden = jnp.tanh(x.reshape(x.shape[0], -1) @ weights[0])
+    return hidden @ weights[1]
+
+
+def make_net(seed=0, scale=4.0):
+    rng = np.random.default_rng(seed)
+    shapes = ((36, 16), (16, 4))
+    weights = [jnp.asarray(rng.normal(size=s, scale=0.4), jnp.float32) for s in shapes]
+    weights[1] = weights[1] * scale
+    return jax.tree_util.Partial(net, weights)
+
+
+NET = make_net()
+X = np.random.default_rng(1).uniform(size=(COUNT, 6, 6, 1)).astype(np.float32)
+Y = np.asarray(jnp.argmax(NET(X), -1), np.int32)
+# Smallest perturbations of PGD lie around 0.02: some points fall, some do not.
+THREAT = rj.linf(0.03)
+
+
+def evaluate(f=NET, x=X, y=Y, threat=THREAT, **changes):
+    return rj.evaluate(f, x, y, threat, **({"batch_size": 16} | QUIET | changes))
+
+
+@pytest.fixture(scope="module")
+def standard():
+    return evaluate(suite="standard")
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+@pytest.mark.parametrize("suite", [("apgd-ce", "fab-t"), "fast"])
+def test_verdict_is_the_exact_one_on_a_linear_model(norm, suite):
+    oracle = testing.linear_oracle(
+        norm, shape=(3, 4, 1), batch_size=12, box_active=True, seed=5
+    )
+    report = rj.evaluate(
+        oracle.logits_fn,
+        oracle.x,
+        oracle.y,
+        oracle.threat,
+        suite=suite,
+        batch_size=16,
+        **QUIET,
+    )
+    # What stands within a thousandth of the boundary may fall on either side.
+    clear = np.abs(oracle.worst_margin) > 1e-3
+    truth = oracle.worst_margin > 0
+    np.testing.assert_array_equal(report.robust[clear], truth[clear])
+    assert 0 < report.robust_accuracy < 1
+
+
+def test_standard_reports_what_broke_what_and_at_what_cost(standard):
+    found = standard.threats["threat"]
+    assert list(found.broken_by) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert 0 < standard.robust_accuracy < standard.clean_accuracy
+    broken = np.sum(list(found.broken_by.values()), 0)
+    np.testing.assert_array_equal(broken, standard.correct & ~standard.robust)
+    wrong = np.argmax(NET(found.x_adv), -1) != Y
+    np.testing.assert_array_equal(wrong, ~standard.robust)
+    assert bool(rj.is_feasible(THREAT, X, jnp.asarray(found.x_adv)).all())
+    assert found.flipped == ()
+    for stage in found.stages:
+        assert stage.forward <= stage.executed_forward
+        assert stage.backward <= stage.executed_backward
+    square = {s.name: s for s in found.stages}["square"]
+    # 5000 queries for each survivor, none for the rest of its batch.
+    assert square.forward == 5000 * standard.robust.sum()
+    assert square.backward == 0
+
+
+def test_order_changes_nothing(standard):
+    order = np.random.default_rng(2).permutation(COUNT)
+    shuffled = evaluate(x=X[order], y=Y[order], index=order)
+    np.testing.assert_array_equal(shuffled.robust, standard.robust[order])
+    for name, broken in standard.threats["threat"].broken_by.items():
+        mine = shuffled.threats["threat"].broken_by[name]
+        np.testing.assert_array_equal(mine, broken[order])
+    np.testing.assert_array_equal(
+        shuffled.threats["threat"].x_adv, standard.threats["threat"].x_adv[order]
+    )
+
+
+def test_four_devices_give_the_verdicts_of_one():
+    one = evaluate(suite="fast", batch_size=4)
+    four = evaluate(suite="fast", batch_size=4, mesh=data_mesh(jax.devices()[:4]))
+    np.testing.assert_array_equal(four.robust, one.robust)
+
+
+@pytest.mark.parametrize("factor", [2.0**13, 2.0**-13])
+def test_fast_sees_through_a_scale_of_the_logits(factor):
+    plain = evaluate(suite="fast")
+    f = jax.tree_util.Partial(net, [NET.args[0][0], NET.args[0][1] * factor])
+    scaled = evaluate(f, suite="fast")
+    np.testing.assert_array_equal(scaled.robust, plain.robust)
+    np.testing.assert_array_equal(
+        scaled.threats["threat"].x_adv, plain.threats["threat"].x_adv
+    )
+
+
+class Killed(Exception):
+    pass
+
+
+def test_killed_and_continued(tmp_path, standard, monkeypatch):
+    """Killed again and again, each time a little later; nothing finished is repeated,
+    and the verdicts are those of an unbroken run."""
+    driven, allowed = [], [0]
+    original = board_module.drive
+
+    def counted(driver, stage, *rest):
+        if len(driven) == allowed[0]:
+            raise Killed
+        driven.append(stage.name)
+        return original(driver, stage, *rest)
+
+    monkeypatch.setattr(board_module, "drive", counted)
+    folder = tmp_path / "ledger"
+    for more in (1, 3, 8, 1000):
+        allowed[0] = len(driven) + more
+        try:
+            report = evaluate(suite="standard", resume=folder)
+            break
+        except Killed:
+            # A kill may leave half a line and half a file.
+            with open(folder / "threat" / "ledger.jsonl", "a") as file:
+                file.write('{"group": "half')
+            (folder / "threat" / "groups" / "000099.npz.saving").write_bytes(b"half")
+    np.testing.assert_array_equal(report.robust, standard.robust)
+    for name, broken in standard.threats["threat"].broken_by.items():
+        np.testing.assert_array_equal(report.threats["threat"].broken_by[name], broken)
+    groups = [
+        json.loads(line)["group"]
+        for line in (folder / "threat" / "ledger.jsonl").read_text().splitlines()
+    ]
+    assert len(groups) == len(set(groups)) == len(driven)
+    # Finished: the same call reads, and drives nothing.
+    again = evaluate(suite="standard", resume=folder)
+    assert len(driven) == len(groups)
+    np.testing.assert_array_equal(again.robust, standard.robust)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"f": make_net(1)}, "model"),
+        ({"f": jax.tree_util.Partial(net, [w * 1.001 for w in NET.args[0]])}, "model"),
+        ({"x": np.clip(X + 1e-3, 0, 1)}, "x"),
+        ({"threat": rj.linf(0.031)}, "threat"),
+        ({"threat": rj.l2(0.03)}, "threat"),
+        ({"threat": rj.linf(0.03, 0, 1.5)}, "threat"),
+        ({"key": jax.random.key(1)}, "key"),
+        ({"suite": ("apgd-ce", "apgd-dlr")}, "suite"),
+        ({"index": np.arange(COUNT) + 1}, "index"),
+        ({"y": (Y + 1) % 4}, "y"),
+        ({"batch_size": 8}, "rows"),
+    ],
+)
+def test_a_ledger_serves_nothing_else(tmp_path_factory, changes, field):
+    folder = tmp_path_factory.getbasetemp() / "one ledger"
+    if not folder.exists():
+        evaluate(suite=("apgd-ce",), resume=folder)
+    with pytest.raises(ValueError, match=f"another '{field}'"):
+        evaluate(**({"suite": ("apgd-ce",), "resume": folder} | changes))
+
+
+def test_a_ledger_of_a_closure_is_known_by_its_answers(tmp_path):
+    """A bare closure has no weights to hash."""
+    evaluate(lambda x: NET(x), suite=("apgd-ce",), resume=tmp_path)
+    evaluate(lambda x: NET(x), suite=("apgd-ce",), resume=tmp_path)
+    with pytest.raises(ValueError, match="another 'logits'"):
+        evaluate(lambda x: 1.01 * NET(x), suite=("apgd-ce",), resume=tmp_path)
+
+
+def make_late(settings):
+    """Claims to have won at x, which is no win; does win at its fourth point."""
+
+    def init(key, problem):
+        del key
+        return (jnp.zeros_like(problem.x), jnp.zeros(len(problem.x), jnp.int32))
+
+    def step(key, state, problem):
+        delta, t = state
+        score, logits = problem.score(problem.x + delta, key)
+        info = inform(problem, delta, score, logits)
+        info = info._replace(success=info.success | (t == 0))
+        far = jnp.where(t[:, None, None, None] >= 2, settings, 0.0)
+        return (jnp.broadcast_to(far, delta.shape), t + 1), info
+
+    return Attack(init, step)
+
+
+def test_what_the_judge_refuses_is_attacked_on():
+    def threshold(x):
+        bright = x.mean((1, 2, 3))
+        return jnp.stack([0.5 - bright, bright - 0.5], -1)
+
+    x = np.full((5, 6, 6, 1), 0.4, np.float32)
+    x[3:] = 0.1
+    late = driver.Stage("late", make_late, np.float32(0.2), 10, "margin", chunk=1)
+
+    def suite(board):
+        board.run(late)
+
+    report = _with_suite(suite, threshold, x, np.zeros(5, int), rj.linf(0.2))
+    np.testing.assert_array_equal(report.robust, [False] * 3 + [True] * 2)
+
+
+def _with_suite(suite, f, x, y, threat, batch_size=16):
+    runner.SUITES["own"] = suite
+    try:
+        return rj.evaluate(f, x, y, threat, suite="own", batch_size=batch_size, **QUIET)
+    finally:
+        del runner.SUITES["own"]
+
+
+@pytest.mark.parametrize(("batch_size", "chunk"), [(16, 1), (4, 7), (24, 100)])
+def test_shapes_and_chunks_change_no_verdict(batch_size, chunk):
+    def suite(board):
+        stage = suites.apgd_stage(board, "apgd", "cross_entropy", 30)
+        board.run(stage._replace(chunk=chunk))
+
+    found = _with_suite(suite, NET, X, Y, THREAT, batch_size)
+    reference = _with_suite(suite, NET, X, Y, THREAT, 16)
+    np.testing.assert_array_equal(found.robust, reference.robust)
+
+
+def test_steps_from_the_host_are_those_of_the_loop():
+    f = canonicalize(NET)
+    rows = driver.Rows(X, Y, np.arange(COUNT), np.zeros_like(Y), np.full(COUNT, 0.03))
+    rows = jax.tree.map(lambda a: a.astype("float32" if a.dtype == float else "int32"),
+                        rows._replace(x=X))._replace(x=X)  # fmt: skip
+    one = driver.Driver(
+        driver.Model(f, jnp.float32(1)),
+        dataclasses.replace(THREAT, epsilon=0.0),
+        (16,),
+        True,
+        None,
+        jax.random.split(jax.random.key(0), 1),
+    )
+    settings = suites.apgd.apgd_settings(20, rj.Linf())
+    stage = driver.Stage("apgd", suites.apgd.kernel, settings, 21)
+    looped = driver.drive(one, stage, rows, jax.random.key(3))
+    hosted = driver.drive(one._replace(looped=False), stage, rows, jax.random.key(3))
+    np.testing.assert_array_equal(looped.broken, hosted.broken)
+    np.testing.assert_allclose(looped.margin, hosted.margin, rtol=1e-4, atol=1e-5)
+    assert looped.passes == hosted.passes
+
+
+@pytest.mark.parametrize("count", [1, 5, 16, 17, 40, 63, 64, 65, 178, 255, 300, 1000])
+def test_a_plan_holds_all_rows_and_little_else(count):
+    shapes = (16, 64, 256)
+    parts = driver.plan(count, shapes)
+    assert sum(parts) - parts[-1] < count <= sum(parts)
+    assert set(parts) <= set(shapes)
+    assert sum(parts) < count + 16 + 0.25 * count
+
+
+def test_no_shape_is_compiled_twice(standard):
+    before = driver._advance._cache_size()
+    evaluate(suite="standard")
+    evaluate(make_net(7), suite="standard", threat=rj.linf(0.02))
+    assert driver._advance._cache_size() == before
+
+
+def test_stop_below_ends_early():
+    report = evaluate(suite="standard", stop_below=0.99, threat=rj.linf(0.5))
+    assert list(report.threats["threat"].broken_by) == ["apgd-ce"]
+    assert "fell below" in report.threats["threat"].notes[0]
+
+
+def test_two_and_three_classes():
+    for classes in (2, 3):
+        f = jax.tree_util.Partial(net, [NET.args[0][0], NET.args[0][1][:, :classes]])
+        y = np.asarray(jnp.argmax(f(X), -1))
+        report = evaluate(f, y=y, suite=("apgd-ce", "apgd-dlr", "apgd-t", "fab-t"))
+        assert report.robust_accuracy < 1
+        assert report.threats["threat"].flipped == ()
+
+
+def test_own_attacks_are_judged_and_listed_after_the_suite():
+    def mine(key, problem):
+        return rj.pgd(20)(key, problem)
+
+    report = evaluate(suite=("apgd-ce",), attacks=[mine], threat=rj.linf(0.02))
+    assert list(report.threats["threat"].broken_by) == ["apgd-ce", "mine"]
+
+
+def test_bad_arguments_say_the_fix():
+    with pytest.raises(ValueError, match="suite='standrad' is unknown"):
+        evaluate(suite="standrad")
+    with pytest.raises(ValueError, match="apgd-x"):
+        evaluate(suite=("apgd-ce", "apgd-x"))
+    with pytest.raises(ValueError, match="is L0"):
+        evaluate(threat=rj.l0(3))
+    with pytest.raises(ValueError, match="image_axes='HCW'"):
+        evaluate(image_axes="HCW")
+    with pytest.raises(ValueError, match="at least one attack"):
+        evaluate(suite=None)
+    with pytest.raises(ValueError, match="checks='all'"):
+        evaluate(checks="all")
+    with pytest.raises(TypeError, match="pass a list"):
+        evaluate(attacks=rj.pgd(5))
+
+
+def test_random_models_are_judged_over_passes():
+    def noisy(x, key):
+        return NET(x) + 0.3 * jax.random.normal(key, (x.shape[0], 4))
+
+    report = evaluate(noisy, suite="rand", batch_size=24)
+    assert report.randomized["passes"] == runner.NUM_PASSES
+    low, high = report.randomized["low"], report.randomized["high"]
+    assert low < report.randomized["robust_accuracy_mean"] < high
+    assert abs(report.randomized["robust_accuracy_mean"] - report.robust_accuracy) < 0.3
+
+
+def test_the_floor_of_small_sets():
+    assert [fast.small_floor(n) for n in (20, 200, 400, 5000)] == [4, 6, 12, 12]
