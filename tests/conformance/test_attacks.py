@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import robustjax as rj
 from robustjax import testing
+from robustjax.attacks.square import square
 
 
 class Row(NamedTuple):
@@ -64,6 +65,9 @@ ROWS = {
     "noise, uniform": Row(rj.noise("uniform", 64), ("Linf", "L2", "L1", "L0"), 0.95),
     "noise, sign": Row(rj.noise("sign", 64), ("Linf", "L2", "L1", "L0"), 0.95),
     "noise, gaussian": Row(rj.noise("gaussian", 64), ("L2", "L0"), 0.95),
+    "square": Row(square(100, rescale=True), ("Linf",)),
+    # Random search: of 100 queries under L2 and L1 the last ones still gain.
+    "square, bumps": Row(square(100, rescale=True), ("L2", "L1"), 0.35),
     # scripts/new_attack adds rows above this line.
 }
 # fmt: on
