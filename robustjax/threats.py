@@ -405,6 +405,35 @@ def is_feasible(
     return _per_example(threat, one, _float32(x), x_adv)
 
 
+def too_wide(threat: ThreatModel) -> str | None:
+    """What to say of a Linf budget that is wider than the box; None: nothing.
+
+    Such a budget permits everything, as `inf` does, which says so; `linf(8)` is nearly
+    always meant as `linf("8/255")`.
+
+    >>> print(too_wide(linf(8)))
+    epsilon=8 under Linf is wider than the box [0, 1]: every input is permitted. ...
+    """
+    if not isinstance(threat.norm, Linf):
+        return None
+    known = [
+        _known(name, getattr(threat, name)) for name in ("epsilon", "lower", "upper")
+    ]
+    epsilon, low, high = known
+    if epsilon is None or low is None or high is None:
+        return None  # inside a trace nothing is known
+    low, high = low.min(), high.max()
+    wide = np.isfinite(epsilon) & (epsilon > high - low)
+    if not wide.any():
+        return None
+    shown = epsilon[wide].max()
+    return (
+        f"epsilon={shown:g} under Linf is wider than the box [{low:g}, {high:g}]: "
+        "every input is permitted. Budgets are in input units: for "
+        f'{shown:g} of 255 write "{shown:g}/255"; if all of the box is meant, give inf.'
+    )
+
+
 def stack(threats: Sequence[ThreatModel]) -> ThreatModel:
     """Several threat models as one, with a leading axis N on every leaf.
 

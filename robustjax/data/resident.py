@@ -32,34 +32,71 @@ class Resident(NamedTuple):
     scale: Array
 
 
-def resident(x: np.ndarray, y: np.ndarray, max_value: int = 255) -> Resident:
+def resident(x: np.ndarray, y: np.ndarray, max_value: int | None = None) -> Resident:
     """Put a data set on the device.
 
     Args:
       x: `[N, ...]` uint8 pixels.
       y: `[N]` integer labels.
-      max_value: the pixel value that stands for 1.0 (`Dataset.max_value`).
+      max_value: the pixel value that stands for 1.0 (`Dataset.max_value`; 16 for the
+        digits). None: 255, and x is refused where no pixel is above 127: such data
+        would be trained on dark, at a budget that is too large for it. Where images
+        really are that dark, say `max_value=255`.
 
     Returns:
       The set on the default device.
 
     Raises:
-      TypeError: x is not uint8.
-      ValueError: x and y differ in length or are empty, or max_value is below 1.
+      TypeError: x is not uint8, or y not integer.
+      ValueError: x and y differ in length or are empty, y is not `[N]` or has a label
+        below 0, or max_value does not fit the pixels.
 
-    >>> resident(np.zeros((5, 2, 2, 1), np.uint8), np.arange(5)).x.shape
-    (5, 2, 2, 1)
+    >>> x = np.full((5, 2, 2, 1), 16, np.uint8)
+    >>> float(resident(x, np.arange(5), max_value=16).scale)
+    16.0
     """
+    x, y = np.asarray(x), np.asarray(y)
     if x.dtype != np.uint8:
         raise TypeError(
             f"x is {x.dtype}; a resident set is uint8 (floats would take four times "
             "the memory). `load` returns uint8."
         )
-    if len(x) != len(y) or len(x) == 0:
-        raise ValueError(f"x has {len(x)} examples and y {len(y)} labels.")
+    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y) or len(x) == 0:
+        shapes = f"x has shape {x.shape} and y {y.shape}"
+        raise ValueError(f"{shapes}; give as many labels as examples, one or more.")
+    if y.ndim > 1:
+        raise ValueError(
+            f"y has shape {y.shape}; give [N] integer labels (one-hot: y.argmax(-1)). "
+            "Soft labels come from `mix` or from a loss, see `smoothed`."
+        )
+    if not np.issubdtype(y.dtype, np.integer):
+        raise TypeError(f"y is {y.dtype}; labels are integers, y.astype('int32').")
+    if y.min() < 0:
+        raise ValueError(f"y has the label {y.min()}; labels are 0, 1, ..., K - 1.")
+    return Resident(
+        jnp.asarray(x), jnp.asarray(y, jnp.int32), jnp.float32(_scale(x, max_value))
+    )
+
+
+def _scale(x: np.ndarray, max_value: int | None) -> int:
+    largest = int(x.max())
+    if max_value is None:
+        if largest <= 127:
+            raise ValueError(
+                f"x has no pixel above {largest}, and max_value was not given: 255 "
+                "would make every image dark. Give the value that stands for 1.0, "
+                "Dataset.max_value (16 for the digits), or max_value=255 if the images "
+                "are dark."
+            )
+        return 255
     if max_value < 1:
         raise ValueError(f"max_value is {max_value}; it must be at least 1.")
-    return Resident(jnp.asarray(x), jnp.asarray(y, jnp.int32), jnp.float32(max_value))
+    if largest > max_value:
+        raise ValueError(
+            f"max_value is {max_value}, but x has the pixel {largest}: it would lie "
+            "outside the box [0, 1]. Give the largest value that a pixel can have."
+        )
+    return max_value
 
 
 def to_float(x: Array, max_value: Array | int) -> Array:

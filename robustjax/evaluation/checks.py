@@ -1,6 +1,5 @@
 """Bad inputs raise here, early and by name; bad models are flagged and go on."""
 
-import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -10,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robustjax.attacks.base import check_attack_fn as check_attack_fn
 from robustjax.losses import cross_entropy, finite
 from robustjax.models.canonical import count_convolutions
 from robustjax.norms import AnyOf
-from robustjax.threats import ThreatModel
+from robustjax.threats import ThreatModel, too_wide
 from robustjax.types import Array
 
 
@@ -78,6 +78,7 @@ def check_inputs(
             f"it must be integers, one for each of the {len(x)} examples."
         )
     _check_epsilon(threat, len(x))
+    warn_of_width(threat)
     return x, y, index.astype(np.int32)
 
 
@@ -164,14 +165,17 @@ class CostWarning(UserWarning):
 CONSTANT_LIMIT = 2**20
 
 
-def note_costs(logits_fn: Callable[..., Array], x: Any) -> None:
+def note_costs(logits_fn: Callable[..., Array], x: Any) -> bool:
     """Warn of what makes attacks on this function slow to compile or to run.
+
+    Returns whether its gradients may run in a compiled loop at full speed.
 
     Args:
       logits_fn: `f(x, key)`.
       x: `[B, ...]`, an array or its shape and dtype.
 
     >>> note_costs(lambda x, key: x, jax.ShapeDtypeStruct((1, 2), jnp.float32))
+    True
     """
     closed = jax.make_jaxpr(logits_fn)(x, jax.random.key(0))
     size = sum(getattr(c, "nbytes", 0) for c in closed.consts)
@@ -186,38 +190,18 @@ def note_costs(logits_fn: Callable[..., Array], x: Any) -> None:
             stacklevel=4,
         )
     _, left = count_convolutions(lambda x: logits_fn(x, jax.random.key(0)), x)
-    if left and jax.default_backend() == "cpu":
+    slow = bool(left) and jax.default_backend() == "cpu"
+    if slow:
         warnings.warn(
             f"{left} of the model's convolutions lie where they cannot be rewritten "
             "(in scan, while, cond, a custom derivative, or with groups): on CPU their "
-            "gradients run 10 to 15 times slower in an attack's loop. "
-            "See docs/models.md.",
+            "gradients run 10 to 15 times slower in a compiled loop. The suites of "
+            "evaluate step from the host instead; attacks of your own do not. See "
+            "docs/models.md.",
             CostWarning,
             stacklevel=4,
         )
-
-
-def check_attack_fn(attack_fn: Any) -> None:
-    """An attack is a function of `(key, problem)`, not the one that makes it.
-
-    >>> from robustjax.attacks.pgd import pgd
-    >>> check_attack_fn(pgd)
-    Traceback (most recent call last):
-    ...
-    TypeError: the attack is pgd(num_steps, ...), which makes one: call it, pgd().
-    """
-    if not callable(attack_fn):
-        raise TypeError(f"attack {attack_fn!r} is no function (key, problem).")
-    try:
-        names = list(inspect.signature(attack_fn).parameters)
-    except (TypeError, ValueError):
-        return
-    if names and names[0] in ("num_steps", "step_size", "kind"):
-        name = getattr(attack_fn, "__name__", "attack")
-        raise TypeError(
-            f"the attack is {name}({names[0]}, ...), which makes one: call it, "
-            f"{name}()."
-        )
+    return not slow
 
 
 def check_key(key: Any) -> Array:
@@ -395,3 +379,13 @@ def warn(flags: list[Flag]) -> None:
     """Say each flag loudly, as a `ModelWarning`."""
     for flag in flags:
         warnings.warn(f"{flag.name}: {flag.message}", ModelWarning, stacklevel=3)
+
+
+def warn_of_width(threat: ThreatModel) -> None:
+    """Warn where a Linf budget is wider than the box: `linf(8)` for `linf("8/255")`.
+
+    >>> warn_of_width(ThreatModel(Linf(), 8 / 255))
+    """
+    message = too_wide(threat)
+    if message is not None:
+        warnings.warn(message, UserWarning, stacklevel=4)

@@ -5,18 +5,19 @@ and a wrapper (weight perturbation, gradient accumulation) is a function from `M
 to `Method`. The one train step is `robustjax.training.step.make_train_step`.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from robustjax.attacks.base import AttackFn
+from robustjax.attacks.base import AttackFn, check_attack_fn
 from robustjax.losses import cross_entropy, soft_cross_entropy
 from robustjax.metrics import Mean, mean_of, value
-from robustjax.models.base import Model, logits_fn
+from robustjax.models.base import Model, logits_fn, require_model
 from robustjax.problems import maximize, predictions
-from robustjax.threats import ThreatModel
+from robustjax.threats import ThreatModel, too_wide
 from robustjax.types import Array, Batch, Key, LossFn, PyTree
 
 BnMode = Literal["eval", "batch"]
@@ -162,11 +163,20 @@ def minimax_loss(
       A loss for `from_loss`, with metrics `loss` and `accuracy`, both at `x_adv`.
 
     Raises:
+      TypeError: no model, threat model or attack where one is due.
       ValueError: bn_mode is neither "eval" nor "batch".
 
     Reference: Madry et al. 2018, Towards Deep Learning Models Resistant to Adversarial
     Attacks, arXiv:1706.06083.
     """
+    require_model(model)
+    check_attack_fn(attack_fn)
+    if not isinstance(threat, ThreatModel):
+        raise TypeError(
+            f'threat is {threat!r}, no ThreatModel: give one such as linf("8/255").'
+        )
+    if (message := too_wide(threat)) is not None:
+        warnings.warn(message, UserWarning, stacklevel=3)
     if bn_mode not in ("eval", "batch"):
         raise ValueError(
             f'bn_mode is {bn_mode!r}; give "eval" (the attack sees the running '

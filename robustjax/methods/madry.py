@@ -36,6 +36,9 @@ def madry(
     Returns:
       A `Method` with metrics `loss` and `accuracy`, both at the adversarial examples.
 
+    Raises:
+      TypeError, ValueError: see `minimax_loss`.
+
     Reference: Madry et al. 2018, arXiv:1706.06083.
 
     Differs from the authors' code: there the attack runs BatchNorm in train mode and

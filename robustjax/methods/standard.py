@@ -1,7 +1,7 @@
 """Ordinary training on clean examples."""
 
 from robustjax.methods.base import Aux, Method, batch_loss, from_loss, label_loss
-from robustjax.models.base import Model
+from robustjax.models.base import Model, require_model
 from robustjax.types import LossFn
 
 
@@ -14,7 +14,11 @@ def standard(model: Model, *, outer: LossFn = label_loss) -> Method:
 
     Returns:
       A `Method` with metrics `loss` and `accuracy`.
+
+    Raises:
+      TypeError: model is no `Model`.
     """
+    require_model(model)
 
     def loss(params, extra, carry, batch, step, key):
         logits, extra = model.apply(params, extra, batch.x, train=True, key=key)

@@ -154,6 +154,38 @@ def _train_flag(module: nn.Module, train: bool) -> dict[str, Any]:
     return {}
 
 
+def require_model(model: Any) -> None:
+    """Raise TypeError, with the way out, where this is no `Model`.
+
+    >>> require_model(nn.Dense(3))
+    Traceback (most recent call last):
+    ...
+    TypeError: model is a Flax Linen module, Dense: pass from_linen(module).
+    """
+    if isinstance(model, Model):
+        return
+    kind = type(model).__name__
+    if isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is a Flax Linen module, {kind}: pass from_linen(module)."
+        )
+    if isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model is a Flax NNX module, {kind}: pass from_nnx(lambda rngs: ...), "
+            "which builds it."
+        )
+    if callable(model):
+        name = getattr(model, "__name__", kind)
+        raise TypeError(
+            f"model is {name}, which is no Model: call it if it makes one, or pass "
+            "Model(init, apply) of two functions (docs/models.md)."
+        )
+    raise TypeError(
+        f"model is of type {kind}: pass a Model, such as those of robustjax.models, "
+        "from_linen(module) or Model(init, apply)."
+    )
+
+
 def from_linen(module: nn.Module) -> Model:
     """A `Model` of a Flax Linen module.
 

@@ -24,6 +24,12 @@ from robustjax.methods.base import Method
 from robustjax.models.base import Model
 from robustjax.parallel import check_rows, fetch, is_writer, put_global, replicated
 from robustjax.training import checkpoint, run_folder
+from robustjax.training.arguments import (
+    averaging_at,
+    check_counts,
+    check_kinds,
+    check_labels,
+)
 from robustjax.training.dispatch import Dispatcher, HostBatches
 from robustjax.training.progress import Progress
 from robustjax.training.state import TrainState, create_state
@@ -101,7 +107,8 @@ def fit(
       out: the run's folder; None: nothing is written.
       config: a dataclass or dict that describes the run: written to `config.json`, and
         compared on resume.
-      ema_decay: keep moving averages; see `make_train_step`.
+      ema_decay: keep moving averages; see `make_train_step`. Compared on resume; of a
+        function, its values at six steps.
       steps_per_dispatch: steps per compiled call. More than 1 saves the dispatch of
         small models. On CPU leave 1 for models with ordinary convolutions: XLA runs
         their gradients 10 to 15 times slower inside a loop (the zoo's do not suffer).
@@ -117,6 +124,7 @@ def fit(
       A `FitResult`.
 
     Raises:
+      TypeError: an argument of another kind; the message says what to give.
       ValueError: arguments that do not fit together, or a run in `out` that was started
         with others: the message names the field, its value then and now. `num_steps`
         is among them, because the schedule in `tx` was made for it; log_every, log,
@@ -125,17 +133,17 @@ def fit(
         step and the leaf, and the last checkpoint is kept.
       OSError: a checkpoint cannot be written; the earlier ones are kept.
     """
+    check_kinds(key, model, method, tx, data)
+    check_counts(batch_size=batch_size, num_steps=num_steps, num_epochs=num_epochs)
     resident = isinstance(data, Resident)
     num_steps, per_epoch = _length(data, batch_size, num_steps, num_epochs)
     if checkpoint_every is None:
         checkpoint_every = min(per_epoch or num_steps, num_steps)
-    for name, number in (
-        ("checkpoint_every", checkpoint_every),
-        ("steps_per_dispatch", steps_per_dispatch),
-        ("log_every", log_every or 1),
-    ):
-        if number < 1:
-            raise ValueError(f"{name} is {number}; give 1 or more.")
+    check_counts(
+        checkpoint_every=checkpoint_every,
+        steps_per_dispatch=steps_per_dispatch,
+        log_every=log_every,
+    )
     if not resident and steps_per_dispatch > 1:
         raise ValueError(
             f"steps_per_dispatch is {steps_per_dispatch}, but `data` is a function "
@@ -160,7 +168,11 @@ def fit(
     def fresh(start: tuple[PyTree, PyTree] | None) -> TrainState:
         example = run_steps.example()
         ema = ema_decay is not None
-        return create_state(state_key, model, method, tx, example, ema=ema, start=start)
+        state = create_state(
+            state_key, model, method, tx, example, ema=ema, start=start
+        )
+        check_labels(model, (state.params, state.extra), example.x, data)
+        return state
 
     out = None if out is None else Path(out)
     remembered, history, settings = None, [], {}
@@ -171,7 +183,7 @@ def fit(
             "num_steps": num_steps,
             "checkpoint_every": checkpoint_every,
             "best_metric": best_metric,
-            "ema_decay": ema_decay if isinstance(ema_decay, float) else bool(ema_decay),
+            "ema_decay": averaging_at(ema_decay, num_steps),
             "data": _fingerprint(data),
             "compiler_options": dict(compiler_options or {}),
             "config": {} if config is None else config,
@@ -270,8 +282,6 @@ def _length(
             )
         num_steps = num_epochs * per_epoch
     assert num_steps is not None
-    if num_steps < 1:
-        raise ValueError(f"{num_steps} steps to train; give 1 or more.")
     return num_steps, per_epoch
 
 

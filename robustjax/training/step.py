@@ -34,7 +34,12 @@ def make_train_step(
         are copied.
 
     Returns:
-      `step(state, batch) -> (state, metrics)`.
+      `step(state, batch) -> (state, metrics)`. It refuses a batch with a mask where the
+      model has statistics: padded rows would enter those of BatchNorm, which no mask
+      undoes.
+
+    Raises:
+      ValueError: method.repeats is below 1.
     """
     if method.repeats < 1:
         raise ValueError(f"method.repeats is {method.repeats}; give 1 or more.")
@@ -63,6 +68,7 @@ def make_train_step(
         return state, aux.metrics
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        _refuse_masks(state, batch)
         key = jax.random.fold_in(state.key, state.step)
         if method.repeats == 1:
             state, metrics = update(state, batch, key)
@@ -76,6 +82,22 @@ def make_train_step(
         return dataclasses.replace(state, step=state.step + 1), metrics
 
     return step
+
+
+def _refuse_masks(state: TrainState, batch: Batch) -> None:
+    statistics = jax.tree_util.tree_leaves_with_path(state.extra)
+    if not statistics:
+        return
+    for name, rows in {"batch": batch, **(batch.streams or {})}.items():
+        if rows.mask is None:
+            continue
+        leaf = jax.tree_util.keystr(statistics[0][0], simple=True, separator="/")
+        raise ValueError(
+            f"{name} has a mask, but the model has statistics ({leaf}): padded rows "
+            "would enter those of BatchNorm. Train on whole batches with mask=None "
+            "(a `resident` set and `stream` give no others), or on a model without "
+            "BatchNorm."
+        )
 
 
 def ramped(decay: float) -> Callable[[Array], Array]:

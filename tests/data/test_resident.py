@@ -9,6 +9,7 @@ from robustjax.data import (
     batch_indices,
     epoch_order,
     eval_batches,
+    load,
     resident,
     split_validation,
     take,
@@ -114,13 +115,42 @@ def test_split_validation_is_a_partition_and_repeats():
 
 def test_errors_say_what_is_wrong():
     x, y = np.zeros((4, 2), np.uint8), np.zeros(4, np.int32)
-    with pytest.raises(TypeError, match="float32"):
-        resident(x.astype(np.float32), y)
-    with pytest.raises(ValueError, match="4 examples and y 3"):
-        resident(x, y[:3])
     with pytest.raises(ValueError, match="batch_size is 5 with 4"):
-        batch_at(resident(x, y), KEY, 0, 5)
+        batch_at(resident(x, y, 255), KEY, 0, 5)
     with pytest.raises(ValueError, match="max_value is needed"):
         eval_batches(x, y, 2)
     with pytest.raises(ValueError, match="num_validation is 4"):
         split_validation(0, x, y, 4)
+
+
+DARK = np.full((4, 2), 16, np.uint8)
+LABELS = np.arange(4)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "max_value", "error", "message"),
+    [
+        (DARK / np.float32(16), LABELS, 1, TypeError, "x is float32; .* uint8"),
+        ([[0.5]], [0], 1, TypeError, "x is float64"),
+        (DARK, LABELS[:3], 16, ValueError, r"x has shape \(4, 2\) and y \(3,\)"),
+        (DARK[:0], LABELS[:0], 16, ValueError, "as many labels as examples"),
+        (DARK, 3, 16, ValueError, "as many labels as examples"),
+        (DARK, np.eye(4), 16, ValueError, r"y.argmax\(-1\)"),
+        (DARK, LABELS + 0.5, 16, TypeError, "y is float64; labels are integers"),
+        (DARK, LABELS - 1, 16, ValueError, "y has the label -1"),
+        (DARK, LABELS, None, ValueError, "no pixel above 16, .*max_value=255"),
+        (DARK, LABELS, 0, ValueError, "max_value is 0"),
+        (DARK, LABELS, 15, ValueError, "max_value is 15, but x has the pixel 16"),
+    ],
+)
+def test_bad_sets_are_refused(x, y, max_value, error, message):
+    with pytest.raises(error, match=message):
+        resident(x, y, max_value)
+
+
+def test_which_value_stands_for_one():
+    assert float(resident(DARK, LABELS, 255).scale) == 255  # said: they are dark
+    assert float(resident(DARK * 8, LABELS).scale) == 255  # 128: bright enough
+    digits = load("digits")
+    with pytest.raises(ValueError, match="16 for the digits"):
+        resident(digits.x_train, digits.y_train)

@@ -76,6 +76,28 @@ def test_epsilon_and_norm_are_checked_when_a_threat_is_built():
         rj.threat("L3", 0.1)
 
 
+def test_a_budget_wider_than_the_box_is_doubted():
+    per_example = np.full(8, 0.1)
+    per_example[3] = 2
+    for threat, shown in ((rj.linf(8), "8"), (rj.linf(per_example), "2")):
+        message = f"epsilon={shown} under Linf is wider .* \\[0, 1\\].*{shown}/255"
+        with pytest.warns(UserWarning, match=message):
+            rj.attack(linear, X, Y, threat)
+        with pytest.warns(UserWarning, match=message):
+            checks.check_inputs(X, Y, threat)  # what evaluate calls
+    # Warnings are errors here: none of these is doubted.
+    for threat in (
+        rj.linf(np.inf),
+        rj.linf(1.0),
+        rj.linf(8, lower=0, upper=255),
+        rj.linf(0.5, lower=(0.0, 0, 0, 0, 0), upper=(0.4, 1, 1, 1, 1)),
+        rj.l2(8),
+        rj.l1(12),
+        rj.l0(3),
+    ):
+        checks.check_inputs(np.clip(X, 0, 0.4), Y, threat)
+
+
 def _names(logits_fn):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rj.ModelWarning)

@@ -13,7 +13,8 @@ import optax
 import pytest
 
 from robustjax.attacks.base import last
-from robustjax.attacks.pgd import pgd
+from robustjax.attacks.noise import noise
+from robustjax.attacks.pgd import fgsm, pgd
 from robustjax.data.sources import load
 from robustjax.losses import cross_entropy
 from robustjax.methods.base import (
@@ -374,6 +375,40 @@ def test_a_broken_model_shows_in_the_loss():
 def test_bn_mode_is_checked():
     with pytest.raises(ValueError, match="bn_mode is 'train'.*eval"):
         madry(MODEL, linf(0.1), ATTACK, bn_mode="train")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("model", "threat", "attack_fn", "message"),
+    [
+        (Net(), linf(0.1), ATTACK, r"Linen module, Net: pass from_linen\(module\)"),
+        (MODEL.apply, linf(0.1), ATTACK, r"no Model: .* Model\(init, apply\)"),
+        (MODEL, 0.1, ATTACK, r'threat is 0.1, no ThreatModel: .* linf\("8/255"\)'),
+        (MODEL, ATTACK, linf(0.1), "the attack is ThreatModel.*, no function"),
+        (MODEL, linf, ATTACK, "threat is <function linf.*, no ThreatModel"),
+        (MODEL, linf(0.1), pgd, r"pgd\(num_steps, ...\), .* call it, pgd\(\)"),
+        (MODEL, linf(0.1), fgsm, r"fgsm\(step_size, ...\), .* call it, fgsm\(\)"),
+        (MODEL, linf(0.1), noise, r"noise\(kind, ...\), .* call it, noise\(\)"),
+        (MODEL, linf(0.1), cifar_code, r"an attack takes \(key, problem\)"),
+        (MODEL, linf(0.1), 7, r"the attack is 7, no function \(key, problem\)"),
+    ],
+)
+def test_what_is_no_model_threat_or_attack_is_named(model, threat, attack_fn, message):
+    with pytest.raises(TypeError, match=message):
+        madry(model, threat, attack_fn)
+    with pytest.raises(TypeError, match=message):
+        minimax_loss(model, attack_fn, threat)
+    if "Model(init" in message or "from_linen" in message:
+        with pytest.raises(TypeError, match=message):
+            standard(model)
+
+
+def test_a_budget_wider_than_the_box_is_doubted():
+    with pytest.warns(UserWarning, match='write "8/255"; if all of the box') as found:
+        madry(MODEL, linf(8), ATTACK)
+    assert len(found) == 1
+    madry(MODEL, linf(8, lower=0, upper=255), ATTACK)  # warnings are errors here
+    madry(MODEL, linf(np.inf), ATTACK)
+    jax.jit(lambda epsilon: madry(MODEL, linf(epsilon), ATTACK) and epsilon)(8.0)
 
 
 def test_carry_of_a_method_of_ones_own():

@@ -18,6 +18,7 @@ from robustjax.parallel import data_mesh
 from robustjax.threats import linf
 from robustjax.training import checkpoint
 from robustjax.training.optimizers import sgd
+from robustjax.training.step import ramped
 from robustjax.training.weights import load_weights
 from robustjax.types import Batch
 
@@ -136,6 +137,11 @@ class Config:
         ({"num_steps": 16}, "num_steps = 12, now it is 16"),
         ({"key": jax.random.key(1)}, r"key = \[0, 0\], now it is \[0, 1\]"),
         ({"ema_decay": 0.9}, "ema_decay = False, now it is 0.9"),
+        ({"ema_decay": ramped(0.9)}, r"ema_decay = False, now it is \{'0': 0.1"),
+        (
+            {"compiler_options": {"xla_cpu_enable_fast_math": True}},
+            "compiler_options.xla_cpu_enable_fast_math = 'not set', now it is True",
+        ),
     ],
 )
 def test_a_changed_setting_is_named(train, finished, changes, message):
@@ -157,6 +163,27 @@ def test_other_data_and_another_optimizer_are_named(train, finished, data):
         train(data=data._replace(y=data.y[::-1]), **settings)
     with pytest.raises(ValueError, match=r"step_00000012 does not fit.*opt_state"):
         train(tx=sgd(0.5, momentum=0.0), **settings)
+
+
+def test_options_and_averages_of_a_run_are_remembered(train, tmp_path):
+    """Both move the result, and neither is part of `config`."""
+    options = {"xla_cpu_enable_fast_math": False}
+    same = {"ema_decay": ramped(0.9), "compiler_options": options, "num_steps": 4}
+    train(out=tmp_path, **same)
+    train(out=tmp_path, **{**same, "ema_decay": ramped(0.9)})  # another object
+    for changes, message in (
+        ({"ema_decay": ramped(0.2)}, "ema_decay.2 = 0.25, now it is 0.2"),
+        (
+            {"ema_decay": None},
+            r"ema_decay = \{'0': 0.1.*, now it is False",
+        ),
+        (
+            {"compiler_options": None},
+            "compiler_options.xla_cpu_enable_fast_math = False, now it is 'not set'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"(?s){message}.*another folder"):
+            train(out=tmp_path, **{**same, **changes})
 
 
 def test_what_is_written_beside(finished):
@@ -241,7 +268,9 @@ def test_the_live_line(train):
     ("changes", "message"),
     [
         ({"num_epochs": 1}, "num_steps is 12 and num_epochs 1; give one"),
-        ({"num_steps": 0}, "0 steps"),
+        ({"num_steps": 0}, "num_steps is 0; give 1 or more"),
+        ({"num_steps": None, "num_epochs": 0}, "num_epochs is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": 65}, "batch_size is 65 with 64 examples"),
         ({"checkpoint_every": 0}, "checkpoint_every is 0"),
         ({"steps_per_dispatch": 0}, "steps_per_dispatch is 0"),

@@ -76,3 +76,26 @@ def test_ramped_decay_follows_the_step():
     state = dataclasses.replace(first(ema=True), step=jnp.int32(8))
     state, _ = step(state, BATCH)
     np.testing.assert_allclose(state.ema.params, 0.5 + 0.5 * state.params, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["batch", "unlabeled"])
+def test_masked_rows_are_kept_from_batch_statistics(name):
+    masked = BATCH._replace(mask=jnp.array([True, False]))
+    batch = masked if name == "batch" else BATCH._replace(streams={name: masked})
+    step = make_train_step(noisy(1), optax.sgd(1.0))
+    with pytest.raises(
+        ValueError, match=rf"{name} has a mask, .* \(count\).*mask=None"
+    ):
+        step(first(), batch)
+    # Where there are no statistics, the losses mind the mask and all is well.
+    grads = noisy(1).grads
+
+    def without(params, extra, *rest):
+        found, aux = grads(params, {"mean": 0.0, "count": 0}, *rest)
+        return found, aux._replace(extra={})
+
+    method = Method(lambda params, batch: jnp.int32(0), without)
+    state, _ = make_train_step(method, optax.sgd(1.0))(
+        dataclasses.replace(first(), extra={}), batch
+    )
+    assert int(state.step) == 1

@@ -1,0 +1,118 @@
+"""What `fit` refuses, with what to give instead, before anything is compiled."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robustjax.data.dataset import Dataset
+from robustjax.data.resident import Resident
+from robustjax.methods.base import Method
+from robustjax.models.base import Model, require_model
+from robustjax.training.step import Decay
+from robustjax.types import Array
+
+
+def check_kinds(key: Any, model: Any, method: Any, tx: Any, data: Any) -> None:
+    """Raise TypeError for the first argument of `fit` that is of another kind.
+
+    >>> check_kinds(7, None, None, None, None)
+    Traceback (most recent call last):
+    ...
+    TypeError: key is 7, no JAX key: give jax.random.key(7).
+    """
+    if isinstance(key, int | float | np.integer | np.floating):
+        raise TypeError(f"key is {key}, no JAX key: give jax.random.key({int(key)}).")
+    if not isinstance(key, jax.Array) or jnp.ndim(key) != _axes_of_a_key(key):
+        shape = f" of shape {np.shape(key)}" if isinstance(key, jax.Array) else ""
+        raise TypeError(
+            f"key is a {type(key).__name__}{shape}, not one JAX key: give "
+            "jax.random.key(0)."
+        )
+    require_model(model)
+    if not isinstance(method, Method):
+        raise TypeError(
+            f"method is {_named(method)}, no Method: give one such as "
+            'standard(model) or madry(model, linf("8/255")).'
+        )
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(
+            f"tx is {_named(tx)}, no optax transformation: give one such as "
+            "training.optimizers.sgd(0.1)."
+        )
+    if isinstance(data, Resident) or callable(data):
+        return
+    if isinstance(data, Dataset):
+        raise TypeError(
+            "data is a Dataset, which has a training and a test set: give "
+            "resident(d.x_train, d.y_train, d.max_value)."
+        )
+    raise TypeError(
+        f"data is {_named(data)}: put uint8 images and their labels on the device, "
+        "resident(x, y, max_value), or give a function step -> Batch."
+    )
+
+
+def check_labels(model: Model, weights: Any, example: Array, data: Any) -> None:
+    """Raise ValueError where a `Resident` set has a label without a logit.
+
+    Args:
+      model: what is trained.
+      weights: `(params, extra)`, or their shapes.
+      example: a batch's `x`, or its shape.
+      data: a set, or a function, which is not asked.
+    """
+    if not isinstance(data, Resident):
+        return
+    logits, _ = jax.eval_shape(model.apply, *weights, example)
+    largest = int(np.asarray(data.y).max())  # on the host: this may be inside a trace
+    if len(logits.shape) == 2 and largest >= logits.shape[1]:
+        raise ValueError(
+            f"data has the label {largest}, but the model has {logits.shape[1]} "
+            f"classes (0 to {logits.shape[1] - 1})."
+        )
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise where a number of things is no integer, or below 1; None is left alone.
+
+    >>> check_counts(num_steps=0)
+    Traceback (most recent call last):
+    ...
+    ValueError: num_steps is 0; give 1 or more.
+    """
+    for name, number in counts.items():
+        if number is None:
+            continue
+        if not isinstance(number, int | np.integer):
+            raise TypeError(f"{name} is {number!r}; give an integer.")
+        if number < 1:
+            raise ValueError(f"{name} is {number}; give 1 or more.")
+
+
+def averaging_at(decay: Decay | None, num_steps: int) -> Any:
+    """What tells one `ema_decay` from another: False, a number, or values at steps.
+
+    >>> averaging_at(0.5, 8), averaging_at(None, 8)
+    (0.5, False)
+    >>> averaging_at(lambda step: step / 8, 9)
+    {'0': 0.0, '1': 0.125, '2': 0.25, '4': 0.5, '6': 0.75, '8': 1.0}
+    """
+    if decay is None:
+        return False
+    if not callable(decay):
+        return float(decay)
+    last = num_steps - 1
+    steps = sorted({0, min(1, last), *(last * i // 4 for i in range(1, 5))})
+    return {str(t): float(decay(jnp.int32(t))) for t in steps}
+
+
+def _axes_of_a_key(key: jax.Array) -> int:
+    """0 for `jax.random.key`; 1 for the older `jax.random.PRNGKey`."""
+    return 0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1
+
+
+def _named(value: Any) -> str:
+    name = getattr(value, "__name__", None)
+    return f"the function {name}" if name else f"a {type(value).__name__}"
