@@ -365,8 +365,9 @@ def apgd_targeted(
 
     >>> import jax, jax.numpy as jnp, robustjax as rj
     >>> x, y = jnp.full((1, 3), 0.5), jnp.array([0])
-    >>> problem = rj.untargeted(lambda x: x, x, y, rj.l2(0.1))
-    >>> apgd_targeted(10, 2)(jax.random.key(0), problem).success.tolist()
+    >>> problem = rj.untargeted(lambda x: x, x, y, rj.linf(0.1))
+    >>> attack_fn = apgd_targeted(10, 1)
+    >>> jax.jit(lambda key: attack_fn(key, problem).success)(jax.random.key(0)).tolist()
     [True]
     """
     one = apgd(
@@ -453,7 +454,6 @@ def _count(settings: Apgd, state: ApgdState, score: Array, grad: Array) -> ApgdS
         best_grad=best_grad,
         best_score=best_score,
         last_score=jnp.where(start, first, score),
-        best_at_check=jnp.where(start, score, state.best_at_check),
         since=state.since + ~start,
         increases=state.increases + rises,
     )
@@ -497,7 +497,7 @@ def _move(
         return jax.vmap(jnp.multiply)(weight, value)
 
     density = state.density
-    if settings.sparse:  # as many coordinates as the authors: rounded up
+    if settings.sparse and settings.reference:  # rounded up, so never below 2 of 2
         features = x[0].size
         density = (features - jnp.floor((1 - density) * features)) / features
     direction = jax.vmap(threat.norm.sparse_steepest)(grad, density)

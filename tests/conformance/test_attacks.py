@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import robustjax as rj
 from robustjax import testing
+from robustjax.attacks.apgd import apgd
 from robustjax.attacks.square import square
 
 
@@ -65,6 +66,11 @@ ROWS = {
     "noise, uniform": Row(rj.noise("uniform", 64), ("Linf", "L2", "L1", "L0"), 0.95),
     "noise, sign": Row(rj.noise("sign", 64), ("Linf", "L2", "L1", "L0"), 0.95),
     "noise, gaussian": Row(rj.noise("gaussian", 64), ("L2", "L0"), 0.95),
+    "apgd": Row(apgd(100, reference=False), ("Linf", "L2")),
+    # Ball, then box: where the box is active that is not the nearest point.
+    "apgd, reference": Row(apgd(100), ("L2",), 0.01),
+    # The wide phases leave it a few steps from the last coordinate's face of the box.
+    "apgd, L1": Row(apgd(100, reference=False), ("L1",), 2e-3),
     "square": Row(square(100, rescale=True), ("Linf",)),
     # Random search: of 100 queries under L2 and L1 the last ones still gain.
     "square, bumps": Row(square(100, rescale=True), ("L2", "L1"), 0.35),
@@ -73,7 +79,7 @@ ROWS = {
 # fmt: on
 CASES = [(name, norm) for name, row in ROWS.items() for norm in row.norms]
 cases = pytest.mark.parametrize(("name", "norm"), CASES)
-KINDS = ("pgd", "momentum", "adam", "multi_target", "noise, uniform")
+KINDS = ("pgd", "momentum", "adam", "multi_target", "noise, uniform", "apgd")
 
 
 @cases
