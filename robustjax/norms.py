@@ -121,8 +121,12 @@ def _euclidean(value: Array) -> Array:
     return largest * jnp.sqrt(jnp.sum(jnp.square(unit)))
 
 
-def _bits(value: Array) -> Array:
-    """Non-negative floats as integers of the same order."""
+def float_bits(value: Array) -> Array:
+    """Magnitudes as integers of the same order, one for each float.
+
+    >>> float_bits(jnp.float32(0.0)), float_bits(jnp.float32(-1.0)) > 0
+    (Array(0, dtype=int32), Array(True, dtype=bool))
+    """
     dtype = jnp.int64 if value.dtype == jnp.float64 else jnp.int32
     return jax.lax.bitcast_convert_type(jnp.abs(value), dtype)
 
@@ -171,7 +175,9 @@ def _whole(epsilon: Array, size: int) -> Array:
     return jnp.clip(jnp.floor(epsilon), 0, size).astype(jnp.int32)
 
 
-def _threshold(reached: Callable[[Array], Array], last: Array) -> tuple[Array, Array]:
+def threshold_between(
+    reached: Callable[[Array], Array], last: Array
+) -> tuple[Array, Array]:
     """Neighboring floats `low < high` between which a monotone `reached` turns True.
 
     Bisection over bit patterns: all of [0, last] in one pass per bit, to the last
@@ -184,7 +190,7 @@ def _threshold(reached: Callable[[Array], Array], last: Array) -> tuple[Array, A
         done = reached(_unbits(middle))
         return jnp.where(done, low, middle), jnp.where(done, middle, high)
 
-    high = _bits(last)
+    high = float_bits(last)
     passes = jnp.iinfo(high.dtype).bits - 1
     low, high = jax.lax.fori_loop(0, passes, body, (jnp.zeros_like(high), high))
     return _unbits(low), _unbits(high)
@@ -201,7 +207,7 @@ def _l2_nearest(delta: Array, epsilon: Array, low: Array, high: Array) -> Array:
         return jnp.sum(jnp.square(jnp.minimum(t * size, cap) * inverse)) > 1
 
     one = jnp.ones((), delta.dtype)
-    t = jnp.where(outside(one), _threshold(outside, one)[0], one)
+    t = jnp.where(outside(one), threshold_between(outside, one)[0], one)
     return jnp.clip(t * delta, jnp.maximum(low, -epsilon), jnp.minimum(high, epsilon))
 
 
@@ -217,7 +223,9 @@ def _l1_nearest(delta: Array, epsilon: Array, low: Array, high: Array) -> Array:
     def total(tau):
         return jnp.sum(moved(tau) * inverse)
 
-    below, tau = _threshold(lambda tau: total(tau) <= 1, jnp.max(size, initial=0))
+    below, tau = threshold_between(
+        lambda tau: total(tau) <= 1, jnp.max(size, initial=0)
+    )
     # What the floats between the two cannot resolve, their mixture of sum epsilon
     # does: it has the right size even where |delta| is 1e30.
     outer, inner = total(below), total(tau)
@@ -368,7 +376,7 @@ class L1:
 
     def sparse_steepest(self, grad: Array, density: ArrayLike) -> Array:
         grad = _float(grad)
-        kept = _top(_bits(grad), _density_count(density, grad.size))
+        kept = _top(float_bits(grad), _density_count(density, grad.size))
         signs = jnp.where(kept, jnp.sign(grad), 0)
         return signs / jnp.maximum(jnp.sum(jnp.abs(signs)), 1)
 
@@ -416,7 +424,7 @@ class L0:
     def project(self, delta: Array, epsilon: ArrayLike) -> Array:
         delta = _float(delta)
         epsilon = jnp.asarray(epsilon, delta.dtype)
-        return jnp.where(_top(_bits(delta), _whole(epsilon, delta.size)), delta, 0)
+        return jnp.where(_top(float_bits(delta), _whole(epsilon, delta.size)), delta, 0)
 
     def project_box(
         self, delta: Array, epsilon: ArrayLike, low: ArrayLike, high: ArrayLike
@@ -429,7 +437,9 @@ class L0:
         size, kept = jnp.abs(delta) / scale, jnp.abs(clipped) / scale
         # size^2 - (size - kept)^2: what keeping this coordinate saves.
         saving = jnp.maximum(kept * (2 * size - kept), 0)
-        return jnp.where(_top(_bits(saving), _whole(epsilon, delta.size)), clipped, 0)
+        return jnp.where(
+            _top(float_bits(saving), _whole(epsilon, delta.size)), clipped, 0
+        )
 
     def steepest(self, grad: Array) -> Array:
         grad = _float(grad)

@@ -1,8 +1,19 @@
 """The nearest point of a hyperplane inside a box, for ONE example, without a sort."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
-from robustjax.norms import L1, L2, AnyOf, Linf, Norm, _bits, _threshold
+from robustjax.norms import (
+    L1,
+    L2,
+    AnyOf,
+    Linf,
+    Norm,
+    float_bits,
+    threshold_between,
+)
 from robustjax.types import Array
 
 
@@ -34,9 +45,8 @@ def nearest_on_plane(
     [-1.  -0.5]
     """
     if isinstance(norm, AnyOf):
-        return norm._switch(
-            lambda member, *rest: nearest_on_plane(member, *rest), value, w, low, high
-        )
+        branches = [functools.partial(nearest_on_plane, m) for m in norm.members]
+        return jax.lax.switch(norm.index, branches, value, w, low, high)
     if not isinstance(norm, Linf | L2 | L1):
         raise TypeError(f"FAB has no projection for {norm}: use Linf, L2 or L1.")
     shape = w.shape
@@ -58,7 +68,7 @@ def nearest_on_plane(
             return jnp.sum(steep * jnp.minimum(t * rate, room))
 
         last = jnp.full((), jnp.finfo(w.dtype).max / 4, w.dtype)
-        _, t = _threshold(lambda t: gained(t) >= need, last)
+        _, t = threshold_between(lambda t: gained(t) >= need, last)
         length = jnp.minimum(t * rate, room)
     reachable = jnp.sum(steep * room) > need
     length = jnp.where(reachable, length, room)
@@ -74,10 +84,10 @@ def _l1(steep: Array, room: Array, need: Array) -> Array:
     # The least threshold beyond which too little is gained: what is steeper goes to
     # its end, what lies on the threshold shares the rest.
     top = jnp.max(steep)
-    _, t = _threshold(lambda t: beyond(t) <= need, jnp.maximum(top, 1e-30))
+    _, t = threshold_between(lambda t: beyond(t) <= need, jnp.maximum(top, 1e-30))
     whole = steep > t
     # Thresholds are neighbors in floats: what is not whole but reached is exactly t.
-    partial = ~whole & (_bits(steep) == _bits(t)) & (steep > 0)
+    partial = ~whole & (float_bits(steep) == float_bits(t)) & (steep > 0)
     rest = need - jnp.sum(jnp.where(whole, steep * room, 0))
     there = jnp.sum(jnp.where(partial, steep * room, 0))
     part = jnp.clip(rest / jnp.where(there > 0, there, 1), 0, 1)

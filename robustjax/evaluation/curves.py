@@ -112,6 +112,15 @@ def sweep_curve(
       logits_fn, x, y, suite, key, batch_size, index, image_axes: see `evaluate`.
       threat: norm and box.
       epsilons: budgets.
+
+    >>> import robustjax as rj
+    >>> w = jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+    >>> x, y = jnp.array([[0.6, 0.5], [0.9, 0.1]]), jnp.array([0, 0])
+    >>> curve = sweep_curve(
+    ...     lambda x: x @ w, x, y, rj.linf(1.0), [0.1, 0.3], suite=("apgd-ce",)
+    ... )
+    >>> curve.accuracy.tolist()
+    [0.5, 0.5]
     """
     epsilons = sorted(float(e) for e in epsilons)
     x, y, index = checks.check_inputs(x, y, threat, index, batch_size)

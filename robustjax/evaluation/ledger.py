@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 
-import robustjax
 from robustjax.evaluation.driver import Outcome, Passes
 from robustjax.logging import write_json
 from robustjax.types import PyTree
@@ -52,7 +51,7 @@ def tree_digest(tree: PyTree) -> str:
 
 def code_digest() -> str:
     """A hash of the sources that decide a verdict: geometry, attacks, evaluation."""
-    root = Path(robustjax.__file__).parent
+    root = Path(__file__).parents[1]
     files = [*root.glob("*.py"), *root.glob("attacks/*.py")]
     files += root.glob("evaluation/*.py")
     return digest(*(file.read_text() for file in sorted(files)))

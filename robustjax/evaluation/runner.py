@@ -266,6 +266,8 @@ def evaluate(
         try:
             if run_suite is not None:
                 notes = run_suite(board) or ()
+            # Beside a suite they are further attacks of the sequence.
+            individual = individual and run_suite is None
             for attack_name, attack_fn in extra.items():
                 shot = Stage(attack_name, OneShot(attack_fn), (), 1, raw=True)
                 everyone = board.ordered(np.flatnonzero(board.correct))
@@ -293,7 +295,9 @@ def evaluate(
         "image_axes": axes,
         "checks": checks,
         "judge_matmul_precision": "highest",
-        "matmul_precision": str(jax.config.jax_default_matmul_precision),
+        "matmul_precision": jax.config.jax_default_matmul_precision,
+        "key": np.asarray(jax.random.key_data(key_attacks)).tolist(),
+        "thresholds": {"ball": "1e-6 max(1, epsilon) and rounding", "box": "exact"},
     }
     return Report(
         y,

@@ -20,6 +20,14 @@ QUIET = {"progress": False, "checks": "none"}
 COUNT = 24
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiling is what takes the time here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def net(weights, x, key=None):
     hidden = jnp.tanh(x.reshape(x.shape[0], -1) @ weights[0])
     return hidden @ weights[1]
@@ -103,9 +111,11 @@ def test_order_changes_nothing(standard):
 
 
 def test_four_devices_give_the_verdicts_of_one():
-    one = evaluate(suite="fast", batch_size=4)
-    four = evaluate(suite="fast", batch_size=4, mesh=data_mesh(jax.devices()[:4]))
+    few = {"suite": ("apgd-ce", "square"), "batch_size": 4, "stop_below": None}
+    one = evaluate(**few)
+    four = evaluate(mesh=data_mesh(jax.devices()[:4]), **few)
     np.testing.assert_array_equal(four.robust, one.robust)
+    assert 0 < one.robust_accuracy < 1
 
 
 @pytest.mark.parametrize("factor", [2.0**13, 2.0**-13])
@@ -277,10 +287,13 @@ def test_a_plan_holds_all_rows_and_little_else(count):
     assert sum(parts) < count + 16 + 0.25 * count
 
 
-def test_no_shape_is_compiled_twice(standard):
+def test_no_shape_is_compiled_twice():
+    few = {"suite": ("apgd-ce", "apgd-t", "fab-t"), "batch_size": 4}  # one shape
+    evaluate(**few)
     before = driver._advance._cache_size()
-    evaluate(suite="standard")
-    evaluate(make_net(7), suite="standard", threat=rj.linf(0.02))
+    evaluate(**few)
+    evaluate(make_net(7), threat=rj.linf(0.02), key=jax.random.key(1), **few)
+    evaluate(x=X[:9], y=Y[:9], **few)
     assert driver._advance._cache_size() == before
 
 
