@@ -384,7 +384,8 @@ def warn(flags: list[Flag]) -> None:
 def warn_of_width(threat: ThreatModel) -> None:
     """Warn where a Linf budget is wider than the box: `linf(8)` for `linf("8/255")`.
 
-    >>> warn_of_width(ThreatModel(Linf(), 8 / 255))
+    >>> from robustjax.threats import linf
+    >>> warn_of_width(linf("8/255"))
     """
     message = too_wide(threat)
     if message is not None:

@@ -16,9 +16,9 @@ ONEDNN = {
 def convolution_options() -> dict[str, bool | str]:
     """Options for `jax.jit(f, compiler_options=...)` under which oneDNN convolves.
 
-    Measured (width 16, JAX 0.12, one core): an input gradient of PreActResNet-18 took
-    272 ms instead of 369, its PGD-7 training step 1336 instead of 1718; but that of
-    Madry's net 632 instead of 516: measure before you choose. JAX 0.10 accepts the
+    Measured (JAX 0.12, one core of two, batch 128, medians of CPU ms in turn, huge
+    pages): the PGD-7 training step of PreActResNet-18 of width 16 took 968 instead of
+    1678, that of Madry's net 325 instead of 366. JAX 0.10 accepts the
     options, and convolves as before. The options
     belong to one compiled program: nothing global changes, and a jaxlib that does not
     know them is found out by a trial compilation (with `XLA_FLAGS` it would abort).
