@@ -17,7 +17,7 @@ from robustjax.attacks.apgd import apgd, apgd_targeted
 from robustjax.models.importers.layers import from_layers
 
 SHARED = Path(__file__).parents[3] / "shared"
-SLACK = 2  # examples; the authors' code differs from itself by as much between seeds
+SLACK = 2  # examples; measured: at most 1 apart after apgd-ce, 0 after both
 
 pytestmark = [
     pytest.mark.slow,
