@@ -98,6 +98,9 @@ def one(case: str, suite: str, seed: int, options: argparse.Namespace) -> dict:
         "flags": [flag.name for flag in report.flags],
         "stages": {s.name: [s.points, s.broken, s.forward, s.backward, s.seconds]
                    for s in found.stages},
+        # Where FAB and Square found what they broke, in the ranking by margin.
+        "ranks": {name: np.round(np.sort(found.rank[found.broken_by[name]]), 3).tolist()
+                  for name in ("fab-t", "square") if name in found.broken_by},
         "robust": report.robust.tolist(),
     }  # fmt: skip
     print(

@@ -47,6 +47,10 @@ class Board:
     x_adv:     `[N, ...]`: the first confirmed adversarial point; before it, the point
                of smallest margin.
     broken_by: stage name -> `[N]` bool.
+    rank:      `[N]` where a broken example stood in the ranking by margin when the
+               stage that broke it began: the fraction of survivors before it (NaN:
+               unbroken).
+    further:   an interval for the fraction that more work might still break, or None.
     logits:    `[N, K]` clean logits, scaled.
     """
 
@@ -78,6 +82,9 @@ class Board:
         self.x_adv = np.array(x, np.float32)
         self.margin = clean_margin(logits, y)
         self.refused = np.zeros(len(y), bool)
+        self.rank = np.full(len(y), np.nan, np.float32)
+        self.further: tuple[float, float] | None = None
+        self._ranks: dict[str, np.ndarray] = {}
         self.broken_by: dict[str, np.ndarray] = {}
         self.costs: dict[str, Cost] = {}
 
@@ -138,6 +145,11 @@ class Board:
         label = label or stage.name
         places = self.survivors() if places is None else places
         order = np.argsort(self.index[places], kind="stable")
+        if stage.name not in self._ranks:
+            ranking = np.full(len(self.y), np.nan, np.float32)
+            ranked = self.bottom(1.0)
+            ranking[ranked] = np.arange(len(ranked)) / max(len(ranked), 1)
+            self._ranks[stage.name] = ranking
         key = jax.random.fold_in(self.key, zlib.crc32(label.encode()) & 0x7FFFFFFF)
         began = time.monotonic()
         size = GROUP * self.driver.shapes[-1]
@@ -202,6 +214,7 @@ class Board:
         first = places[outcome.broken & self.alive[places]]
         taken = outcome.x_adv[outcome.broken & self.alive[places]]
         self.alive[first] = False
+        self.rank[first] = self._ranks[name][first]
         self.x_adv[first] = taken
         closer = self.alive[places] & (outcome.margin < self.margin[places])
         self.margin[places] = np.minimum(self.margin[places], outcome.margin)

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robustjax.attacks.apgd import phases
 from robustjax.evaluation.board import Board
 from robustjax.evaluation.driver import Outcome, pad, plan
-from robustjax.evaluation.starts import near_image, noisy, other_image
+from robustjax.evaluation.starts import near_image, noisy, normal, other_image
 from robustjax.evaluation.suites import apgd_stage, square_stage
 from robustjax.norms import L1, L2
 from robustjax.parallel import fetch
@@ -115,8 +116,8 @@ def run(
         start = chosen(board, places, label)
     radii: Sequence[tuple[float, int]] = ((1.0, num_steps),)
     if isinstance(board.norm, L1):
-        third = -(-3 * num_steps // 10)
-        radii = ((3.0, third), (2.0, third), (1.0, num_steps - 2 * third))
+        radii = phases(num_steps)
+        start = normal(board, places, label) if start is None else start
     found = None
     for radius, steps in radii:
         stage = apgd_stage(board, name, loss, steps, reference=False, **settings)
@@ -278,6 +279,7 @@ def sentinel(board: Board, count: int) -> list[str]:
         ]
     upper = 1 - 0.05 ** (1 / len(sample))
     share = len(easy) / len(board.alive)
+    board.further = (0.0, upper * share)
     return [
         f"None of {len(sample)} sampled points of large margin broke under Square and "
         f"APGD: with 95 % confidence at most {upper:.0%} of such points would, "

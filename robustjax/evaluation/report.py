@@ -15,6 +15,8 @@ from robustjax.evaluation.intervals import wilson
 from robustjax.logging import plain, provenance, write_json
 
 SCHEMA_VERSION = 1
+PARTS = ("robust", "x_adv", "size", "margin", "rank", "adv_prediction", "epsilons")
+"""Fields of a ThreatReport that `examples.npz` holds, where there are any."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,9 @@ class ThreatReport:
     individual: every attack ran on every correct example, so that its accuracy is its
                own. Otherwise an attack ran on what the earlier ones left.
     epsilons:  `[N]`: the budget of each example, where each has its own.
+    rank:      `[N]`: where a broken example stood in the ranking by margin when the
+               stage that broke it began: the fraction of survivors before it (NaN:
+               unbroken).
     """
 
     epsilon: float
@@ -80,6 +85,7 @@ class ThreatReport:
     curve: dict[str, list[float]] | None = None
     individual: bool = False
     epsilons: np.ndarray | None = None
+    rank: np.ndarray | None = None
 
     @property
     def robust_accuracy(self) -> float:
@@ -245,7 +251,7 @@ def _arrays(report: Report) -> dict[str, np.ndarray]:
     """What `examples.npz` holds."""
     arrays = {name: getattr(report, name) for name in ("y", "index", "prediction")}
     for name, found in report.threats.items():
-        for part in ("robust", "x_adv", "size", "margin", "adv_prediction", "epsilons"):
+        for part in PARTS:
             if getattr(found, part) is not None:
                 arrays[f"{name}/{part}"] = getattr(found, part)
         arrays[f"{name}/broken_by_name"] = found.broken_by_name

@@ -444,6 +444,8 @@ def _report(
         flipped=tuple(int(i) for i in board.index[flipped]),
         unconfirmed=tuple(int(i) for i in board.index[board.refused & board.alive]),
         notes=notes,
+        further=board.further,
+        rank=board.rank,
         individual=individual,
         epsilons=board.epsilon if np.ndim(threat.epsilon) else None,
     )

@@ -53,12 +53,16 @@ def near_image(board: Board, places: np.ndarray, label: str) -> np.ndarray:
     return board.x[chosen]
 
 
-def noisy(board: Board, places: np.ndarray, label: str) -> np.ndarray:
-    """`[n, ...]`: `clip(x + N(0, 1))` in the input box."""
+def normal(board: Board, places: np.ndarray, label: str) -> np.ndarray:
+    """`[n, ...]`: `x + N(0, 1)`, also outside of the input box."""
     shape = board.x.shape[1:]
     keys = _keys(board, places, label)
     draws = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    return (board.x[places] + np.asarray(draws)).astype(np.float32)
+
+
+def noisy(board: Board, places: np.ndarray, label: str) -> np.ndarray:
+    """`[n, ...]`: `clip(x + N(0, 1))` in the input box."""
     threat = board.driver.threat
-    points = board.x[places] + np.asarray(draws)
     low, high = np.asarray(threat.lower), np.asarray(threat.upper)
-    return np.clip(points, low, high).astype(np.float32)
+    return np.clip(normal(board, places, label), low, high).astype(np.float32)

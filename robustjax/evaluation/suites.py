@@ -7,7 +7,6 @@ middle of an attack too; noise belongs to the example, not to the batch; Square 
 window for each example; EOT averages scores as well as gradients.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -15,10 +14,10 @@ import numpy as np
 from robustjax.attacks import apgd, fab, square
 from robustjax.evaluation.board import Board
 from robustjax.evaluation.driver import Stage
+from robustjax.evaluation.starts import normal
 from robustjax.norms import L1
 
 Suite = Callable[[Board], None]
-PHASES = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
 
 
 def apgd_stage(board: Board, name: str, loss: str, num_steps: int, **changes) -> Stage:
@@ -50,10 +49,9 @@ def run_apgd(
         stage = apgd_stage(board, name, loss, num_steps)
         board.run(stage, label=label, target=target)
         return
-    places, start = board.survivors(), None
-    first = math.ceil(0.3 * num_steps)
-    counts = (first, first, num_steps - 2 * first)
-    for (radius, _), steps in zip(PHASES, counts, strict=True):
+    places = board.survivors()
+    start = normal(board, places, label)
+    for radius, steps in apgd.phases(num_steps):
         found = board.run(
             apgd_stage(board, name, loss, steps),
             places,
