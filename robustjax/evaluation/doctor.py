@@ -7,7 +7,7 @@ do. At most 64 examples are looked at, chosen by index, so order does not matter
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from robustjax import losses
+from robustjax.evaluation import masking
 from robustjax.evaluation.checks import Flag
+from robustjax.evaluation.driver import Driver, Model, Rows
 from robustjax.threats import ThreatModel
 from robustjax.types import Key, LogitsFn
 
@@ -34,7 +36,7 @@ class Diagnosis(NamedTuple):
     flags:  the findings, by name and message.
     checks: for each check `{"result": "ok" | "flagged" | "not run", "value": a number
             or None, "message": str}`.
-    passes: forward and backward passes, summed over examples (padding too).
+    passes: forward and backward passes, summed over examples.
     random: the model answers differently when asked again.
     scale:  a power of two; attacks see `scale * logits`, whose median clean margin is
             about 5, so that saturation costs nothing.
@@ -112,6 +114,7 @@ def doctor(
     *,
     image_axes: str = "HWC",
     passes: float = math.inf,
+    looped: bool = False,
 ) -> Diagnosis:
     """Examine a model on at most 64 examples; nothing raises.
 
@@ -123,6 +126,7 @@ def doctor(
       image_axes: order of an example's axes, "HWC" or "CHW".
       passes: forward and backward passes that may be spent, over all examples. What
         does not fit is not run, and says so.
+      looped: see `driver.Driver`.
 
     >>> from robustjax.norms import Linf
     >>> x, y = np.eye(4, dtype=np.float32), np.arange(4)
@@ -133,9 +137,10 @@ def doctor(
     ['probabilities']
     """
     chart = _Chart(passes)
+    index = np.asarray(index)
     take = chosen(index)
     x, y = np.asarray(x)[take], np.asarray(y)[take]
-    key_clean, key_other, key_noise = jax.random.split(key, 3)
+    key_clean, key_other, key_noise, key_attacks = jax.random.split(key, 4)
 
     def answers(x: np.ndarray, key: Key = key_clean) -> np.ndarray:
         chart.pay(len(x))
@@ -147,7 +152,13 @@ def doctor(
     _look_at_precision(chart, answers, x, threat, key_noise)
     _look_at_scale(chart, answers, logits, x, y, threat, image_axes)
     _look_at_slopes(chart, f, logits, x, y, threat, key_clean)
-    scale = usual_scale(losses.margin(jnp.asarray(logits), jnp.asarray(y)))
+    margin = np.asarray(losses.margin(jnp.asarray(logits), jnp.asarray(y)))
+    scale = usual_scale(margin)
+    asked = Model(f, jnp.float32(scale)), key_attacks, image_axes, looped
+    epsilon = np.asarray(threat.epsilon, np.float32)
+    epsilon = np.broadcast_to(epsilon, index.shape)[take]
+    rows: Any = (x, y, index[take].astype(np.int32), y, epsilon)
+    _look_at_attacks(chart, asked, random, scale * margin, Rows(*rows), threat)
     return Diagnosis(chart.flags(), chart.checks, chart.spent, random, scale)
 
 
@@ -341,7 +352,8 @@ def _look_at_scale(
             bad = gain >= 0.05 and _luck(won, won + lost) < CHANCE
             if name not in best or gain > best[name][0]:
                 best[name] = (gain, bad, what)
-    leader = max(best, key=lambda name: best[name][0])
+    # At a tie (255 is as good as infinity to a ReLU net) it is the milder change.
+    leader = max(reversed(best), key=lambda name: best[name][0])
     for name, (gain, bad, what) in best.items():
         bad = bad and name == leader
         chart.note(
@@ -407,3 +419,133 @@ def _look_at_slopes(
             else ""
         ),
     )
+
+
+ATTACK_CHECKS = ("gradient masked", "more restarts gain", "unbounded attack fails")
+STEPS, FEWEST_POINTS = (40, 25), 12
+
+
+def _look_at_attacks(
+    chart: _Chart,
+    asked: tuple[Model, Key, str, bool],
+    random: bool,
+    margin: np.ndarray,
+    rows: Rows,
+    threat: ThreatModel,
+) -> None:
+    """The checks that need attacks: on correct examples, as many as can be paid."""
+    model, key, image_axes, looped = asked
+    key_attacks, key_judge = jax.random.split(key)
+    correct = np.flatnonzero(np.isfinite(margin) & (margin > 0))
+    affordable = [(min(len(correct), chart.left / masking.cost(n)), n) for n in STEPS]
+    count, steps = max(affordable)
+    if random or count < FEWEST_POINTS:
+        reason = f"{len(correct)} correctly classified examples are too few"
+        if len(correct) >= FEWEST_POINTS:
+            reason = f"{chart.left:.0f} passes are too few: give more examples"
+        if random:
+            reason = "the model is random: its suite is 'rand'"
+        for name in ATTACK_CHECKS:
+            chart.skip(name, reason)
+        return
+    take = correct[: int(count)]
+    # Few shapes: by what can be paid, not by how many happen to be correct.
+    shape = 16 if chart.left / masking.cost(steps) <= 16 else NUM_CHECKED
+    driver = Driver(model, threat, (shape,), looped, None, key_judge[None])
+    rows = Rows(*(leaf[take] for leaf in rows))
+    found = masking.compare(driver, rows, margin[take], key_attacks, steps, image_axes)
+    chart.pay(found.passes)
+    _judge_evidence(chart, found)
+
+
+def _judge_evidence(chart: _Chart, found: masking.Evidence) -> None:
+    reasons = masking.reasons(found)
+    chart.note(
+        "gradient masked",
+        reasons,
+        found.disagree,
+        "the gradient misleads attacks: "
+        + "; ".join(reasons)
+        + ". Robustness is overstated by gradient attacks: use suite='strong', an "
+        "adaptive attack (attacks=...), or bpda."
+        if reasons
+        else f"of {found.points} examples APGD left {found.left}; no attack from "
+        "elsewhere broke more than chance, and its runs agree",
+    )
+    more = found.restart
+    share = more / max(found.left + more, 1)
+    bad = more >= masking.LEAST_RESTART and share > masking.SHARE_RESTART
+    chart.note(
+        "more restarts gain",
+        bad,
+        share,
+        f"a second start of the same attacks broke {more} of {found.left + more} "
+        "examples that the first had left"
+        + (": more steps and restarts will break more." if bad else ""),
+    )
+    left = found.unbroken
+    bad = left >= 2 and left > masking.SHARE * found.points
+    chart.note(
+        "unbounded attack fails",
+        bad,
+        left / found.points,
+        f"with the whole box allowed, {left} of {found.points} examples resist"
+        + (
+            ", where every attack must succeed: the gradient is of no use, or steps "
+            "are too small."
+            if bad
+            else ""
+        ),
+    )
+
+
+def after(
+    broken_by: Mapping[str, np.ndarray], score_based: Sequence[str] = ("square",)
+) -> list[Flag]:
+    """What only a finished suite can tell: the flag "gradient masked", or nothing.
+
+    Square breaks what every gradient attack before it missed: more than 0.2 % of the
+    examples, at least 2, and more than a luck of 0.2 % explains (in one of a hundred
+    evaluations).
+
+    Args:
+      broken_by: in the order of the suite, a name and `[N]` bool: what each attack
+        broke that those before it had left.
+      score_based: names of the attacks that use no gradient; a name in `broken_by`
+        belongs to the one that it begins with.
+
+    >>> broken = {"apgd-ce": np.arange(500) < 90, "square": np.arange(500) > 490}
+    >>> [flag.name for flag in after(broken)]
+    ['gradient masked']
+    """
+    flags = []
+    before = None
+    for name, broken in broken_by.items():
+        broken = np.asarray(broken)
+        before = np.zeros_like(broken) if before is None else before
+        won = int((broken & ~before).sum())
+        if name.startswith(tuple(score_based)) and before.any() | won:
+            least = max(2, 0.002 * len(broken))
+            if won >= least and _tail(won, len(broken), 0.002) < 0.01:
+                flags.append(
+                    Flag(
+                        "gradient masked",
+                        f"{name}, which uses no gradient, broke {won} of {len(broken)} "
+                        "examples that every gradient attack before it had missed: "
+                        "the gradient misleads. Use suite='strong' or an adaptive "
+                        "attack (attacks=...).",
+                    )
+                )
+        before = before | broken
+    return flags
+
+
+def _tail(count: int, trials: int, chance: float) -> float:
+    """How likely `count` or more successes are, by the Poisson law.
+
+    >>> round(_tail(3, 500, 0.002), 3), round(_tail(6, 500, 0.002), 4)
+    (0.08, 0.0006)
+    """
+    mean = trials * chance
+    below = sum(math.exp(-mean) * mean**k / math.factorial(k) for k in range(count))
+    return max(0.0, 1.0 - below)

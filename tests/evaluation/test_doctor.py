@@ -1,0 +1,201 @@
+"""The doctor names what is wrong with broken models and is silent on sound ones.
+
+docs/checks.md says which nets set its thresholds; those here are others.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import robustjax as rj
+from robustjax import data, models
+from robustjax.attacks.square import square
+from robustjax.evaluation.doctor import after, chosen, doctor
+from robustjax.losses import margin_loss
+from robustjax.models.canonical import canonicalize
+from robustjax.models.importers.layers import from_layers
+from tests.evaluation.broken_models import CORPUS, digits, model, net, train, train_all
+
+SHARED = Path(__file__).parents[3] / "shared"
+THREAT = rj.linf(0.1)
+PER_EXAMPLE = 130  # what the runner grants: 1 % of what `standard` spends
+
+
+@pytest.fixture(scope="session")
+def params():
+    return train_all(10)
+
+
+def examine(f, count=360, threat=THREAT, **changes):
+    _, _, x, y = (a[:count] for a in digits())
+    return doctor(f, x, y, threat, np.arange(len(y)), jax.random.key(1), **changes)
+
+
+def names(diagnosis):
+    return [flag.name for flag in diagnosis.flags]
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_a_broken_model_is_flagged_by_name(params, name):
+    found = examine(model(params, name))
+    assert CORPUS[name].flag in names(found)
+    assert found.random == (CORPUS[name].flag == "random")
+    for check in found.checks.values():
+        assert check["result"] in ("ok", "flagged", "not run") and check["message"]
+
+
+def test_a_sound_model_is_not_flagged_and_log_softmax_is_noted(params):
+    found = examine(model(params, "sound"))
+    assert found.flags == []
+    noted = examine(model(params, "log-softmax"))
+    assert noted.flags == []
+    assert "log-probabilities" in noted.checks["probabilities"]["message"]
+    assert "log-prob" not in found.checks["probabilities"]["message"]
+
+
+@pytest.mark.parametrize("count", [8, 64, 128, 360])
+def test_passes_stay_in_budget_and_what_is_left_out_says_so(params, count):
+    found = examine(model(params, "sound"), count, passes=PER_EXAMPLE * count)
+    assert found.passes <= PER_EXAMPLE * count
+    assert found.flags == []
+    result = found.checks["gradient masked"]["result"]
+    assert result == ("not run" if count == 8 else "ok")
+
+
+def test_order_does_not_matter(params):
+    _, _, x, y = digits()
+    f, key = model(params, "k winners"), jax.random.key(1)
+    there = doctor(f, x, y, THREAT, np.arange(len(y)), key)
+    back = doctor(f, x[::-1], y[::-1], THREAT, np.arange(len(y))[::-1], key)
+    assert there == back
+
+
+def test_chosen_is_spread():
+    take = chosen(np.arange(1000))
+    assert len(set(take)) == 64
+    assert np.histogram(take, 4, (0, 1000))[0].min() >= 14
+
+
+def _broken(attack_fn, f, x, y, loss=margin_loss):
+    @jax.jit
+    def run(f, x, y):
+        return attack_fn(jax.random.key(2), rj.untargeted(f, x, y, THREAT, loss))
+
+    return np.asarray(run(f, x, y).success)
+
+
+REMEDIES = {
+    "margin": rj.pgd(40),
+    "square": square(400),
+}
+
+
+@pytest.mark.parametrize("remedy", REMEDIES)
+def test_true_accuracy_is_found(params, remedy):
+    _, _, x, y = (a[:64] for a in digits())
+    true = _broken(rj.pgd(40), model(params, "sound"), x, y)
+    attack_fn = REMEDIES[remedy]
+
+    @jax.jit
+    def run(f):
+        problem = rj.untargeted(f, x, y, THREAT, margin_loss)
+        return attack_fn(jax.random.key(2), problem).success
+
+    for name, broken in CORPUS.items():
+        if broken.remedy == remedy:
+            found = np.asarray(run(model(params, name)))
+            assert found.sum() >= true.sum() - 4, name
+
+
+def test_scale_is_a_power_of_two_that_follows_the_logits(params):
+    one = examine(model(params, "sound"), 64).scale
+    f = jax.tree_util.Partial(lambda p, x, key: 2.0**13 * net(p, x), params["net"])
+    many = examine(f, 64, passes=0).scale
+    assert many == one / 2**13
+    assert np.log2(one) % 1 == 0
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_few_classes_name_their_fallback(params, classes):
+    f = jax.tree_util.Partial(lambda p, x, key: net(p, x)[:, :classes], params["net"])
+    _, _, x, y = digits()
+    x, y = x[y < classes], y[y < classes]
+    found = doctor(f, x, y, THREAT, np.arange(len(y)), jax.random.key(0), passes=0)
+    assert found.flags == []
+    assert f"{classes} classes" in found.checks["few classes"]["message"]
+
+
+def test_square_after_gradients():
+    gradient, none = np.arange(500) < 90, np.zeros(500, bool)
+
+    def flags(count, n=500):
+        mine = np.arange(n) >= n - count
+        return [f.name for f in after({"apgd-ce": gradient[:n], "square": mine})]
+
+    assert flags(6) == ["gradient masked"]  # as on sdp_mnist_cnn_a_adv
+    assert flags(3) == []  # as on kw_fashion_eps01
+    assert flags(1, 200) == []
+    assert after({"apgd-ce": gradient, "square": none}) == []
+    assert after({"apgd-ce": gradient, "square": gradient}) == []
+
+
+@pytest.mark.parametrize(
+    ("seed", "widths", "epsilon", "activation"),
+    [
+        (11, (96,), 0.0, jax.nn.relu),
+        (12, (64, 64, 32), 0.0, jax.nn.silu),
+        (13, (64, 48), 0.1, jax.nn.relu),
+    ],
+)
+def test_no_false_alarm_on_nets_trained_here(seed, widths, epsilon, activation):
+    params = train(seed, widths, epsilon, activation)
+    f = jax.tree_util.Partial(lambda p, x, key: net(p, x, activation), params)
+    assert names(examine(f, passes=PER_EXAMPLE * 360)) == []
+
+
+MASKED = [
+    ("sdp_mnist_cnn_a_adv", "mnist", rj.linf(0.3)),
+    ("fast_mnist_pgd", "mnist", rj.l2(1.5)),
+]
+QUIET = [
+    ("kw_mnist_eps01", "mnist", rj.linf(0.1)),
+    ("kw_fashion_eps01", "fashion_mnist", rj.linf(0.1)),
+    ("eran_mnist_mlp_6_100", "mnist", rj.linf(0.026)),
+    ("eran_cifar_convsmall_pgd", "cifar10", rj.linf("2/255")),
+    ("eran_cifar_convsmall_pgd", "cifar10", rj.l2(0.25)),
+    ("eran_cifar_convsmall_pgd", "cifar10", rj.l1(5.0)),
+    ("vnncomp_cifar_resnet2b", "cifar10", rj.linf("2/255")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (SHARED / "models").is_dir(), reason="needs ../shared: third-party nets, data"
+)
+@pytest.mark.parametrize(
+    ("name", "dataset", "threat", "expected"),
+    [(*case, ["gradient masked"]) for case in MASKED] + [(*case, []) for case in QUIET],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_third_party_nets(name, dataset, threat, expected):
+    folder = SHARED / "models" / name
+    spec = json.loads((folder / "net.json").read_text())
+    with np.load(folder / "weights.npz") as weights:
+        imported = from_layers(spec["layers"], dict(weights))
+    f = models.logits_fn(imported, *imported.init(jax.random.key(0), None))
+    split = data.load(dataset, SHARED / "data")
+    x, y = np.float32(split.x_test[:500]) / 255, np.int32(split.y_test[:500])
+    found = doctor(
+        canonicalize(f),
+        x,
+        y,
+        threat,
+        np.arange(500),
+        jax.random.key(0),
+        passes=PER_EXAMPLE * 500,
+    )
+    assert names(found) == expected
+    assert found.passes <= PER_EXAMPLE * 500
