@@ -242,10 +242,12 @@ def _in_order(outcomes: list[Outcome], order: np.ndarray, shape: Any) -> Outcome
         points = np.zeros((0, *shape), np.float32)
         return Outcome(none, points, np.zeros(0, np.float32), points, none, Passes())
     back = np.argsort(order, kind="stable")
-    arrays = [
-        np.concatenate([outcome[i] for outcome in outcomes])[back] for i in range(5)
-    ]
     total = Passes()
     for outcome in outcomes:
         total += outcome.passes
-    return Outcome(*arrays, total)
+
+    def whole(name: str) -> np.ndarray:
+        return np.concatenate([getattr(outcome, name) for outcome in outcomes])[back]
+
+    names = ("broken", "x_adv", "margin", "handed", "refused")
+    return Outcome(**{name: whole(name) for name in names}, passes=total)

@@ -99,13 +99,13 @@ class OneShot(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What an attack reads of each row; leaves lead with B."""
+    """What an attack reads of each row; leaves lead with B, on host or device."""
 
-    x: Array
-    y: Array
-    index: Array
-    target: Array
-    epsilon: Array
+    x: Any
+    y: Any
+    index: Any
+    target: Any
+    epsilon: Any
 
 
 class Best(NamedTuple):
@@ -196,7 +196,8 @@ def _start(make, samples, settings, model, loss, threat, rows, start, key):
     no = jnp.zeros(rows.x.shape[:1], bool)
     # Not rows.x itself: the carry is donated step by step, its buffers must be its own.
     nowhere = jnp.zeros_like(rows.x)
-    best = Best(no, nowhere, jnp.full(rows.x.shape[:1], jnp.inf), nowhere)
+    infinite = jnp.full(rows.x.shape[:1], jnp.inf, jnp.float32)
+    best = Best(no, nowhere, infinite, nowhere)
     return state, best
 
 
@@ -209,7 +210,7 @@ def _step(make, samples, raw, settings, model, loss, threat, rows, key, t, carry
     else:
         x_adv = threats.apply(problem.threat, rows.x, info.delta)
     inside = info.size <= rows.epsilon + 1e-6 * jnp.maximum(1, rows.epsilon)
-    margin = losses.margin(info.logits, rows.y)
+    margin = losses.margin(info.logits, rows.y).astype(jnp.float32)
     first, closer = info.success & ~best.found, inside & (margin < best.margin)
     return state, Best(
         best.found | info.success,
@@ -245,9 +246,13 @@ def _judge(model, threat, x, y, epsilon, x_adv, keys):
     here = ThreatModel(threat.norm, epsilon, threat.lower, threat.upper)
     # float32 where the default is less (TPU, recent GPUs).
     with jax.default_matmul_precision("highest"):
-        logits = jax.lax.map(
-            lambda key: model.logits_fn(x_adv, key).astype(jnp.float32), keys
-        )
+
+        def look(key: Key) -> Array:
+            return model.logits_fn(x_adv, key).astype(jnp.float32)
+
+        # One pass needs no loop, in which a CPU convolves slowly.
+        alone = len(keys) == 1
+        logits = look(keys[0])[None] if alone else jax.lax.map(look, keys)
     margin = losses.margin(model.scale * jnp.mean(logits, 0), y)
     inside = threats.is_feasible(here, x, x_adv)
     return jax.vmap(predictions)(logits), margin, inside

@@ -202,6 +202,7 @@ def evaluate(
         raise ValueError(f"checks={checks!r}: choose 'default', 'full' or 'none'.")
     for t in named.values():
         x, y, index = inputs.check_inputs(x, y, t, index, batch_size)
+    x = x.astype(np.float32)
     axes = _axes(image_axes, x)
     key_judge, key_attacks, key_checks = jax.random.split(inputs.check_key(key), 3)
     f, looped = prepare_model(logits_fn, x, y, batch_size)

@@ -6,6 +6,7 @@ Any choice among the evaluated examples is decided by `index`, never by position
 import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from robustjax.evaluation.board import Board
@@ -16,7 +17,7 @@ CANDIDATES = 2000
 
 def _keys(board: Board, places: np.ndarray, label: str):
     key = jax.random.fold_in(board.key, zlib.crc32(f"{label} start".encode()) >> 1)
-    return example_keys(key, np.asarray(board.index[places]))
+    return example_keys(key, jnp.asarray(board.index[places]))
 
 
 def other_image(board: Board, places: np.ndarray, label: str) -> np.ndarray:
