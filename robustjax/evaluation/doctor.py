@@ -172,7 +172,8 @@ def usual_scale(margin: Any) -> float:
     margin = margin[np.isfinite(margin) & (margin > 0)]
     if not margin.size:
         return 1.0
-    return float(2.0 ** round(math.log2(USUAL_MARGIN / float(np.median(margin)))))
+    ratio = USUAL_MARGIN / float(np.median(margin))
+    return float(2.0 ** np.clip(round(math.log2(ratio)), -60, 60))
 
 
 def _spread(logits: np.ndarray) -> float:
@@ -324,7 +325,7 @@ def _look_at_scale(
 ) -> None:
     low, high = np.asarray(threat.lower), np.asarray(threat.upper)
     unit = (x - low) / (high - low)
-    channels = image_axes.index("C") + 1 if x.ndim == 4 else None
+    channels = image_axes.index("C") + 1 if x.ndim == 4 and image_axes else None
     axes = tuple(a for a in range(x.ndim) if a != channels)
     mean, std = unit.mean(axes, keepdims=True), unit.std(axes, keepdims=True) + 1e-6
     tried = {

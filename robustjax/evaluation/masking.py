@@ -110,6 +110,7 @@ def compare(
     """
     keys = list(jax.random.split(key, 32))
     total, spent = len(rows.y), 0
+    axes = image_axes if rows.x.ndim <= 4 else None
 
     def ascend(places, steps, loss, start, radius=1.0, counts=True, first_step=None):
         nonlocal spent
@@ -159,7 +160,7 @@ def compare(
         queries = Stage(
             "square",
             square.kernel,
-            square.square_settings(4 * num_steps, axes=image_axes),
+            square.square_settings(4 * num_steps, axes=axes),
             4 * num_steps,
             "margin",
             backward=0,

@@ -68,11 +68,16 @@ def train(seed, widths=(64, 32), epsilon=0.0, activation=jax.nn.relu, steps=500)
 
 
 class Broken(NamedTuple):
-    """A model `f(params, x, key)`, the flag it must get, who finds its accuracy."""
+    """A model `f(params, x, key)`, the flag it must get, who finds its accuracy.
+
+    remedy: what finds it ("margin": PGD on the margin; "bpda": the same on `mended`;
+            "eot"), or None where none of ours does, or the accuracy is another.
+    """
 
     f: object
     flag: str
     remedy: str | None = None
+    mended: object = None
 
 
 def _batch_norm(params, x, key):
@@ -124,6 +129,21 @@ def _round(x):
     return jnp.round(8 * x) / 8
 
 
+def _ripples(x):
+    return x + 0.02 * jnp.sin(400 * x)
+
+
+def _before(step, flag):
+    """The net behind a step that spoils its gradient, which bpda mends."""
+    mended = rj.bpda(step)
+    return Broken(
+        lambda p, x, key: net(p, step(x)),
+        flag,
+        "bpda",
+        lambda p, x, key: net(p, mended(x)),
+    )
+
+
 CORPUS = {
     "wants 0..255": Broken(lambda p, x, key: net(p, x / 255), "input scale"),
     "wants -1..1": Broken(
@@ -133,16 +153,14 @@ CORPUS = {
         lambda p, x, key: jax.nn.softmax(net(p, x)), "probabilities", "margin"
     ),
     "sharp softmax": Broken(
-        lambda p, x, key: jax.nn.softmax(100 * net(p, x)), "probabilities", "square"
+        lambda p, x, key: jax.nn.softmax(100 * net(p, x)), "probabilities"
     ),
     "argmax head": Broken(
         lambda p, x, key: jax.nn.one_hot(net(p, x).argmax(-1), 10),
         "vanishing gradient",
         None,
     ),
-    "rounded input": Broken(
-        lambda p, x, key: net(p, _round(x)), "vanishing gradient", "square"
-    ),
+    "rounded input": _before(_round, "vanishing gradient"),
     "saturated": Broken(lambda p, x, key: 1e4 * net(p, x), "saturated loss", "margin"),
     "batch statistics": Broken(_batch_norm, "depends on the batch"),
     "rows mixed": Broken(
@@ -157,19 +175,9 @@ CORPUS = {
     "dropout": Broken(_dropout, "random", "eot"),
     "noise from the host": Broken(_impure, "random"),
     "k winners": Broken(lambda p, x, key: net(p, x, winners), "gradient masked"),
-    "gradient stopped": Broken(
-        lambda p, x, key: net(p, jax.lax.stop_gradient(x)),
-        "vanishing gradient",
-        "square",
-    ),
-    "gradient backwards": Broken(
-        lambda p, x, key: net(p, _backwards(x)), "gradient masked", "square"
-    ),
-    "ripples": Broken(
-        lambda p, x, key: net(p, x + 0.02 * jnp.sin(400 * x)),
-        "gradient masked",
-        "square",
-    ),
+    "gradient stopped": _before(jax.lax.stop_gradient, "vanishing gradient"),
+    "gradient backwards": _before(_backwards, "gradient masked"),
+    "ripples": _before(_ripples, "gradient masked"),
     "sharp activation": Broken(
         lambda p, x, key: net(p, x, lambda h: 2 * jax.nn.sigmoid(300 * (h - 0.5))),
         "vanishing gradient",
@@ -198,13 +206,14 @@ SOUND = {
     "sound": lambda p, x, key: net(p, x),
     "log-softmax": lambda p, x, key: jax.nn.log_softmax(net(p, x)),
 }
-NAMES = [*SOUND, *CORPUS]
+MENDED = {f"{n}, mended": b.mended for n, b in CORPUS.items() if b.mended}
+NAMES = [*SOUND, *CORPUS, *MENDED]
 
 
 def any_model(params, which, x, key):
     """The model of that number in `NAMES`: data, so that all share their programs."""
 
-    fs = SOUND | {name: broken.f for name, broken in CORPUS.items()}
+    fs = SOUND | {name: broken.f for name, broken in CORPUS.items()} | MENDED
 
     def branch(name):
         own = params.get(name, params["net"])

@@ -12,7 +12,6 @@ import pytest
 
 import robustjax as rj
 from robustjax import data, models
-from robustjax.attacks.square import square
 from robustjax.evaluation.doctor import after, chosen, doctor
 from robustjax.losses import margin_loss
 from robustjax.models.canonical import canonicalize
@@ -56,13 +55,16 @@ def test_a_sound_model_is_not_flagged_and_log_softmax_is_noted(params):
     assert "log-prob" not in found.checks["probabilities"]["message"]
 
 
-@pytest.mark.parametrize("count", [8, 64, 128, 360])
+@pytest.mark.parametrize("count", [64, 360])
 def test_passes_stay_in_budget_and_what_is_left_out_says_so(params, count):
     found = examine(model(params, "sound"), count, passes=PER_EXAMPLE * count)
     assert found.passes <= PER_EXAMPLE * count
     assert found.flags == []
-    result = found.checks["gradient masked"]["result"]
-    assert result == ("not run" if count == 8 else "ok")
+    assert found.checks["gradient masked"]["result"] == "ok"
+    for little in (0, 5000):
+        short = examine(model(params, "sound"), count, passes=little)
+        assert short.checks["gradient masked"]["result"] == "not run"
+        assert "passes" in short.checks["gradient masked"]["message"]
 
 
 def test_order_does_not_matter(params):
@@ -79,35 +81,26 @@ def test_chosen_is_spread():
     assert np.histogram(take, 4, (0, 1000))[0].min() >= 14
 
 
-def _broken(attack_fn, f, x, y, loss=margin_loss):
-    @jax.jit
-    def run(f, x, y):
-        return attack_fn(jax.random.key(2), rj.untargeted(f, x, y, THREAT, loss))
-
-    return np.asarray(run(f, x, y).success)
-
-
-REMEDIES = {
-    "margin": rj.pgd(40),
-    "square": square(400),
-}
+@jax.jit
+def _attacked(f, judged, x, y):
+    """Whom PGD-40 on the margin of the mean over 8 draws breaks."""
+    problem = rj.eot(rj.untargeted(f, x, y, THREAT, margin_loss), 8)
+    x_adv = rj.pgd(40)(jax.random.key(2), problem).x_adv
+    keys = jax.random.split(jax.random.key(3), 8)
+    answers = jax.lax.map(lambda key: rj.predictions(judged(x_adv, key)) == y, keys)
+    return answers.mean(0) < 0.5
 
 
-@pytest.mark.parametrize("remedy", REMEDIES)
-def test_true_accuracy_is_found(params, remedy):
+def test_true_accuracy_is_found_where_an_attack_of_ours_can(params):
     _, _, x, y = (a[:64] for a in digits())
-    true = _broken(rj.pgd(40), model(params, "sound"), x, y)
-    attack_fn = REMEDIES[remedy]
-
-    @jax.jit
-    def run(f):
-        problem = rj.untargeted(f, x, y, THREAT, margin_loss)
-        return attack_fn(jax.random.key(2), problem).success
-
+    f = model(params, "sound")
+    true = int(_attacked(f, f, x, y).sum())
+    assert 32 <= true < 64
     for name, broken in CORPUS.items():
-        if broken.remedy == remedy:
-            found = np.asarray(run(model(params, name)))
-            assert found.sum() >= true.sum() - 4, name
+        if broken.remedy is not None:
+            judged = model(params, name)
+            f = model(params, f"{name}, mended") if broken.mended else judged
+            assert _attacked(f, judged, x, y).sum() >= true - 4, name
 
 
 def test_scale_is_a_power_of_two_that_follows_the_logits(params):
