@@ -1,6 +1,5 @@
 """Bad inputs raise here, early and by name; bad models are flagged and go on."""
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from robustjax.attacks.base import check_attack_fn as check_attack_fn
-from robustjax.losses import cross_entropy, finite
 from robustjax.models.canonical import count_convolutions
 from robustjax.norms import AnyOf
 from robustjax.threats import ThreatModel, too_wide
@@ -251,128 +249,6 @@ def check_logits(logits: Any, y: np.ndarray, count: int) -> None:
             f"y holds label {y.max()}, but the model has {shape[1]} classes "
             f"(0 to {shape[1] - 1})."
         )
-
-
-def check_model(
-    logits_fn: Callable[..., Array], x: Array, y: Array, key: Array
-) -> list[Flag]:
-    """What about a model makes attacks on it misleading, as flags; nothing raises.
-
-    Looked at: outputs that are probabilities; NaN or infinite logits; answers that
-    differ between calls (randomness); answers that depend on the other examples
-    (BatchNorm in train mode); a cross-entropy whose gradient is 0 (saturation); clean
-    accuracy at chance.
-
-    Args:
-      logits_fn: `f(x, key)`.
-      x: `[M, ...]` some examples; 64 are plenty.
-      y: `[M]` labels.
-      key: for models that are random.
-
-    >>> import jax.numpy as jnp
-    >>> x, y = jnp.eye(4), jnp.arange(4)
-    >>> probabilities = lambda x, key: jax.nn.softmax(3 * x)
-    >>> [flag.name for flag in check_model(probabilities, x, y, jax.random.key(0))]
-    ['probabilities']
-    """
-    keys = jax.random.split(key)
-    forward = jax.jit(lambda f, x, key: f(x, key))
-    f = logits_fn if _is_pytree(logits_fn) else jax.tree_util.Partial(logits_fn)
-    logits = np.asarray(forward(f, x, keys[0]), np.float32)
-    flags = []
-    if not np.isfinite(logits).all():
-        rows = (~np.isfinite(logits)).any(1)
-        flags.append(
-            Flag(
-                "non-finite logits",
-                f"{rows.sum()} of {len(x)} clean examples get NaN or infinite logits. "
-                "Examples with NaN count as broken; attacks see no gradient there.",
-            )
-        )
-    if _probabilities(logits):
-        flags.append(
-            Flag(
-                "probabilities",
-                "logits_fn returns probabilities (rows sum to 1, all in [0, 1]). "
-                "Cross-entropy of a softmax saturates and attacks stall: robustness "
-                "is overstated. Return the logits, before softmax.",
-            )
-        )
-    again = np.asarray(forward(f, x, keys[1]), np.float32)
-    scale = _scale(logits)
-    if not np.allclose(logits, again, rtol=0, atol=1e-4 * scale, equal_nan=True):
-        flags.append(
-            Flag(
-                "random",
-                "logits_fn answers differently with another key. Attack the "
-                "expectation (robustjax.eot), or robustness is overstated.",
-            )
-        )
-    elif len(x) > 1:
-        alone = jnp.concatenate(
-            [forward(f, x[i : i + 1], keys[0]) for i in range(min(4, len(x)))]
-        )
-        difference = np.abs(np.asarray(alone, np.float32) - logits[: len(alone)])
-        difference = float(np.nan_to_num(difference).max())
-        if difference > 1e-3 * scale:
-            flags.append(
-                Flag(
-                    "depends on the batch",
-                    "an example gets other logits alone than in a batch (by "
-                    f"{difference:.3g}): BatchNorm in train mode? "
-                    "Evaluate in inference mode: logits_fn(model, params, extra).",
-                )
-            )
-    flags += _saturation(f, x, y, keys[0])
-    accuracy = float(np.mean(logits.argmax(1) == np.asarray(y)))
-    classes = logits.shape[1]
-    if len(x) >= 32 and accuracy <= 1 / classes + 2 * math.sqrt(1 / classes / len(x)):
-        flags.append(
-            Flag(
-                "clean accuracy at chance",
-                f"clean accuracy on {len(x)} examples is {accuracy:.2f} with {classes} "
-                "classes: are labels, input scale and axes what the model wants?",
-            )
-        )
-    return flags
-
-
-def _is_pytree(value: Any) -> bool:
-    return isinstance(value, jax.tree_util.Partial)
-
-
-def _scale(logits: np.ndarray) -> float:
-    usable = logits[np.isfinite(logits)]
-    return max(float(np.abs(usable).max()), 1e-6) if usable.size else 1.0
-
-
-def _probabilities(logits: np.ndarray) -> bool:
-    inside = logits.min() >= 0 and logits.max() <= 1
-    return bool(inside and np.allclose(logits.sum(1), 1, atol=1e-3))
-
-
-def _saturation(f: Any, x: Array, y: Array, key: Array) -> list[Flag]:
-    @jax.jit
-    def largest_gradient(f, x, y, key):
-        def total(x):
-            return jnp.sum(cross_entropy(finite(f(x, key)), y))
-
-        grad = jax.grad(total)(x)
-        return jnp.max(jnp.abs(grad).reshape(len(x), -1), axis=-1)
-
-    largest = np.asarray(largest_gradient(f, x, y, key))
-    # 0, or so small that float32 rounding of the forward pass drowns it.
-    dead = ~(largest > 1e-12)
-    if dead.mean() <= 0.1:
-        return []
-    return [
-        Flag(
-            "vanishing gradient",
-            f"the cross-entropy's input gradient is 0 or not finite for {dead.sum()} "
-            f"of {len(x)} examples: saturated logits or a masked gradient. Attack with "
-            "margin_loss or dlr too, and with bpda where a step has no gradient.",
-        )
-    ]
 
 
 def warn(flags: list[Flag]) -> None:

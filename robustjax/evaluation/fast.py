@@ -80,7 +80,7 @@ def run_fast(board: Board, budget: Budget) -> list[str]:
         for number, (fraction, times, queries, steps) in enumerate(budget.square):
             for again in range(times):
                 places = board.bottom(fraction, floor)
-                name = f"square+apgd {number}.{again}"
+                name = f"apgd+square {number}.{again}"
                 square_start(board, places, queries, steps, name)
         targeted(board, budget.last[0], floor, count, budget.last[1], "2")
     notes = [LEFT_OUT]
@@ -240,12 +240,12 @@ def square_start(
     board: Board, places: np.ndarray, queries: int, steps: int, label: str
 ) -> None:
     """Square from scratch, then APGD on the margin from where it ended."""
-    stage = square_stage(board, "square+apgd", queries, rescale=True)
+    stage = square_stage(board, "apgd+square", queries, rescale=True)
     found = board.run(stage, places, label=f"{label} square")
     left = board.alive[places]
     run(
         board,
-        "square+apgd",
+        "apgd+square",
         "margin",
         steps,
         places[left],

@@ -23,6 +23,7 @@ from robustjax.attacks.pgd import fgsm, pgd
 from robustjax.evaluation import checks as inputs
 from robustjax.evaluation import fast, strong, suites
 from robustjax.evaluation.board import Board, Enough, clean_margin
+from robustjax.evaluation.doctor import after, doctor, usual_scale
 from robustjax.evaluation.driver import (
     Driver,
     Model,
@@ -35,6 +36,7 @@ from robustjax.evaluation.driver import (
 )
 from robustjax.evaluation.ledger import Ledger, code_digest, digest, tree_digest
 from robustjax.evaluation.report import Report, StageCost, ThreatReport
+from robustjax.evaluation.suites import standard_passes
 from robustjax.logging import LiveLine, duration
 from robustjax.losses import cross_entropy
 from robustjax.models.canonical import canonicalize
@@ -47,7 +49,6 @@ from robustjax.types import Array, Key, LossFn
 # jit knows a function by its identity: made once, so that each is compiled once.
 PGD = pgd(40)
 FGSM = fgsm()
-NUM_CHECKED = 64
 
 
 def attack(
@@ -214,12 +215,26 @@ def evaluate(
     order = np.argsort(index, kind="stable")
     logits = clean_logits(driver, x, order)
     prediction = predicted(logits)
-    flags, found = [], None
-    if checks != "none":
-        few = order[: min(NUM_CHECKED, len(x))]
-        flags = inputs.check_model(f, jnp.asarray(x[few]), y[few], key_checks)
-        inputs.warn(flags)
-    random = any(flag.name == "random" for flag in flags) or suite_name == "rand"
+    flags: list[inputs.Flag] = []
+    measured: dict[str, Any] = {}
+    check_passes = 0
+    for name, t in named.items() if checks != "none" else ():
+        diagnosis = doctor(
+            f,
+            *(x, y, t, index, key_checks),
+            image_axes=axes or "HWC",
+            passes=CHECKED_PART * standard_passes(logits, int((prediction == y).sum())),
+            looped=looped,
+        )
+        check_passes += diagnosis.passes
+        prefix = f"{name}: " if len(named) > 1 else ""
+        measured |= {prefix + check: seen for check, seen in diagnosis.checks.items()}
+        known = {flag.name for flag in flags}
+        news = [flag for flag in diagnosis.flags if flag.name not in known]
+        news = [flag._replace(message=prefix + flag.message) for flag in news]
+        inputs.warn(news)
+        flags += news
+    random = suite_name == "rand" or any(flag.name == "random" for flag in flags)
     if random:
         driver = driver._replace(keys=jax.random.split(key_judge, NUM_PASSES))
     live = _Live(progress)
@@ -228,7 +243,7 @@ def evaluate(
     for name, t in named.items():
         scale = 1.0
         if suite_name in RESCALED:
-            scale = power_of_two(logits, y, prediction)
+            scale = usual_scale(clean_margin(logits, y)[prediction == y])
         epsilon = np.broadcast_to(np.asarray(t.epsilon, np.float32), y.shape)
         ledger = None
         if resume is not None:
@@ -276,6 +291,10 @@ def evaluate(
         except Enough:
             notes = (f"Stopped: robust accuracy fell below {stop_below:g}.",)
         reports[name], correct = _report(board, t, tuple(notes), individual)
+        news = [] if individual or checks == "none" else after(board.broken_by)
+        news = [flag for flag in news if flag.name not in {f.name for f in flags}]
+        inputs.warn(news)
+        flags += news
         if random:
             randomized.append(correct)
         if board.refused.any():
@@ -309,7 +328,8 @@ def evaluate(
         config,
         x=x,
         suite=suite_name,
-        checks=found,
+        checks=measured or None,
+        check_passes=check_passes,
         randomized=_randomized(randomized) if random else None,
     )
 
@@ -323,8 +343,8 @@ SUITES: dict[str, Any] = {
 }
 RESCALED = ("fast", "strong")
 CHECKS = ("default", "full", "none")
+CHECKED_PART = 0.01
 NUM_PASSES = 10
-TYPICAL_MARGIN = 5.0
 
 
 def _chosen(suite: Any) -> tuple[Any, str | None]:
@@ -365,25 +385,6 @@ def _axes(image_axes: str | None, x: np.ndarray) -> str | None:
 
 def _folder(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-
-
-def power_of_two(logits: np.ndarray, y: np.ndarray, prediction: np.ndarray) -> float:
-    """What logits are multiplied by, so that their median clean margin is about 5.
-
-    A power of two: it moves no bit of a verdict, and a saturated loss has a gradient
-    again. `2 ** round(log2(5 / median))` over what is classified correctly.
-
-    >>> z = np.array([[4e4, 0.0], [6e4, 0.0]])
-    >>> power_of_two(z, np.array([0, 0]), np.array([0, 0])) == 2.0**-13
-    True
-    """
-    right = prediction == y
-    margins = clean_margin(logits, y)[right]
-    margins = margins[np.isfinite(margins) & (margins > 0)]
-    if not len(margins):
-        return 1.0
-    ratio = TYPICAL_MARGIN / float(np.median(margins))
-    return float(2.0 ** np.clip(np.round(np.log2(ratio)), -60, 60))
 
 
 @jax.jit

@@ -33,7 +33,7 @@ PART = 0.5
 def strong(board: Board) -> Sequence[str]:
     """The suite; returns its notes."""
     first = np.flatnonzero(board.alive)
-    budget = standard_passes(board, len(first))
+    budget = suites.standard_passes(board.logits, len(first))
     notes = fast.run_fast(board, FIRST)[1:]
     masked = isinstance(board.norm, L2) and _missed(board, "ladder", len(first))
     if masked:
@@ -48,18 +48,12 @@ def strong(board: Board) -> Sequence[str]:
     else:
         for number in range(3):
             places = board.bottom(0.15, 12)
-            fast.square_start(board, places, 1000, 60, f"square+apgd strong {number}")
+            fast.square_start(board, places, 1000, 60, f"apgd+square strong {number}")
     share = "everybody" if masked else f"the {fraction:.0%} of smallest margin"
     notes.append(
         f"strong runs FAB on {share} and Square on the {BOTTOM:.0%} of smallest margin."
     )
     return notes
-
-
-def standard_passes(board: Board, survivors: int) -> float:
-    """Passes that `standard` would take if nothing broke: an upper bound per point."""
-    targets = min(9, board.logits.shape[1] - 1)
-    return survivors * (202 + targets * 202 + targets * 300 + 5000)
 
 
 def spent(board: Board) -> int:
@@ -95,11 +89,11 @@ def bottom_square(board: Board, fraction: float) -> None:
     left = board.alive[places]
     fast.run(
         board,
-        "square+apgd",
+        "apgd+square",
         "margin",
         60,
         places[left],
         start=found.handed[left],
-        label="square+apgd 5000",
+        label="apgd+square 5000",
         first_step=0.5,
     )

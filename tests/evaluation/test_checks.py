@@ -1,7 +1,5 @@
 """Bad inputs raise by name; bad models are flagged and the evaluation goes on."""
 
-import warnings
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,41 +96,11 @@ def test_a_budget_wider_than_the_box_is_doubted():
         checks.check_inputs(np.clip(X, 0, 0.4), Y, threat)
 
 
-def _names(logits_fn):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", rj.ModelWarning)
-        report = rj.evaluate(logits_fn, X, Y, THREAT, progress=False)
-    return [flag.name for flag in report.flags]
-
-
-@pytest.mark.parametrize(
-    ("name", "logits_fn"),
-    [
-        ("probabilities", lambda x: jax.nn.softmax(linear(x))),
-        ("non-finite logits", lambda x: linear(x).at[0].set(jnp.nan)),
-        ("random", lambda x, key: linear(x) + jax.random.normal(key, (len(x), 3))),
-        ("depends on the batch", lambda x: linear(x) - linear(x).mean(0)[None]),
-        ("vanishing gradient", lambda x: 1e4 * linear(x)),
-        ("vanishing gradient", lambda x: jnp.round(4 * linear(x))),
-    ],
-)
-def test_bad_models_are_flagged_and_evaluated(name, logits_fn):
-    assert name in _names(logits_fn)
-
-
-def test_a_good_model_has_no_flag():
-    assert _names(linear) == []
-
-
-def test_chance_is_flagged():
-    x = np.random.default_rng(2).uniform(size=(64, 5)).astype(np.float32)
-    y = np.tile([0, 1, 2, 0], 16)
-    flags = checks.check_model(
-        lambda x, key: linear(x[:, ::-1]), x, y, jax.random.key(0)
-    )
-    assert [flag.name for flag in flags] == ["clean accuracy at chance"]
-
-
 def test_flags_are_loud():
     with pytest.warns(rj.ModelWarning, match="before softmax"):
-        rj.evaluate(lambda x: jax.nn.softmax(linear(x)), X, Y, THREAT, progress=False)
+        rj.evaluate(
+            lambda x: jax.nn.softmax(linear(x)),
+            *(X, Y, THREAT),
+            suite=("apgd-ce",),
+            progress=False,
+        )
