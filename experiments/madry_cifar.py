@@ -8,9 +8,9 @@
 Wong et al. 2020, arXiv:2001.03994), ten epochs, one-cycle SGD. 39,000 of the first
 40,000 training images, 1,000 held out to choose the checkpoint, first 1,000 test
 images, one seed; expected: PGD-20 >= 0.37, measured:
-    clean 0.654, FGSM 0.420, PGD-20 0.385, both attacks 0.383.
-38 minutes on two AMD EPYC cores in company of five to twelve other processes (33 to 318
-images/s), at revision 16ac3df.
+    clean 0.663, FGSM 0.427, PGD-20 0.399, both attacks 0.398.
+54 minutes, 1,580 CPU seconds, on one AMD EPYC core shared with up to 16 other
+processes, at revision b25db04.
 PGD-20: steps of 2.5 epsilon / 20, random start, any iterate counts.
 
 `paper` and `code` have NOT been run here: they want an accelerator. The paper's row
