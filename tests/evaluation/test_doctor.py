@@ -12,6 +12,7 @@ import pytest
 
 import robustjax as rj
 from robustjax import data, models
+from robustjax.evaluation.binarization import binarization_test, flag
 from robustjax.evaluation.doctor import after, chosen, doctor
 from robustjax.losses import margin_loss
 from robustjax.models.canonical import canonicalize
@@ -20,6 +21,7 @@ from tests.evaluation.broken_models import CORPUS, digits, model, net, train, tr
 
 SHARED = Path(__file__).parents[3] / "shared"
 THREAT = rj.linf(0.1)
+PGD = rj.pgd(40)
 PER_EXAMPLE = 130  # what the runner grants: 1 % of what `standard` spends
 
 
@@ -192,3 +194,23 @@ def test_third_party_nets(name, dataset, threat, expected):
     )
     assert names(found) == expected
     assert found.passes <= PER_EXAMPLE * 500
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_binarization(params, norm):
+    _, _, x, _ = (a[:32] for a in digits())
+    threat = rj.threat(norm, {"Linf": 0.1, "L2": 0.5}[norm])
+
+    def features(p, which, x, key):
+        x = jax.lax.cond(which, jax.lax.stop_gradient, lambda x: x, x)
+        return net(p[:-1], x)
+
+    def run(which):
+        f = jax.tree_util.Partial(features, params["net"], which)
+        return binarization_test(f, x, threat, PGD, jax.random.key(0), num_inner=499)
+
+    sound, blind = run(np.bool_(False)), run(np.bool_(True))
+    assert sound.tested.mean() > 0.5
+    assert sound.success_rate >= 0.95 and flag(sound) is None
+    assert blind.success_rate < 0.5
+    assert flag(blind).name == "attack fails the binarization test"
