@@ -12,10 +12,11 @@ from robustjax.attacks.base import (
     Attack,
     AttackFn,
     Info,
+    Result,
+    evaluate_point,
     first_delta,
     inform,
     multi_target,
-    restarts,
     run,
     select,
     smallest,
@@ -31,8 +32,8 @@ TINY = 1e-8
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["alpha_max", "eta", "beta"],
-    meta_fields=["targeted", "random_start"],
+    data_fields=["alpha_max", "eta", "beta", "progress", "random_start"],
+    meta_fields=["targeted"],
 )
 @dataclasses.dataclass(frozen=True)
 class Fab:
@@ -44,21 +45,25 @@ class Fab:
       beta: what part of the way from the clean point is kept after a success.
       targeted: the boundary is where the problem's score, a difference of two logits,
         is 0; else the nearest of all classes' boundaries.
-      random_start: begin at half of epsilon in a random direction, instead of at x.
+      random_start: begin at half of epsilon in a random direction, instead of at the
+        problem's `start` or x.
+      progress: a success smaller than `progress` times the best one lends its own
+        gradient to the point stepped back to; 0: none does, as in the authors' code.
     """
 
     alpha_max: Any
     eta: Any
     beta: Any
     targeted: bool = True
-    random_start: bool = False
+    random_start: Any = False
+    progress: Any = 0.99
 
 
 class FabState(NamedTuple):
     """Where FAB stands; every leaf `[B, ...]`.
 
     delta:     the next point to evaluate.
-    back:      `[B]` bool: it was stepped back to from a success, and wants a gradient.
+    back:      `[B]` bool: it was stepped back to from a success, for its gradient.
     best:      the smallest misclassified perturbation, 0 before the first one.
     best_size: `[B]` its norm, `inf` before.
     """
@@ -75,8 +80,9 @@ def fab_settings(
     beta: float = 0.9,
     targeted: bool = True,
     random_start: bool = False,
+    progress: float = 0.99,
 ) -> Fab:
-    """FAB's settings, the authors' by default.
+    """FAB's settings; those of the authors by default, but for `progress`.
 
     Raises:
       ValueError: a number out of its range.
@@ -90,7 +96,12 @@ def fab_settings(
         raise ValueError(f"beta={beta}: must lie in (0, 1]; 0.9 is usual.")
     if not eta >= 1:
         raise ValueError(f"eta={eta}: must be 1 or more; 1.05 is usual.")
-    return Fab(float(alpha_max), float(eta), float(beta), targeted, random_start)
+    if not 0 <= progress <= 1:
+        raise ValueError(
+            f"progress={progress}: must lie in [0, 1]; 0 takes the authors' points."
+        )
+    numbers = float(alpha_max), float(eta), float(beta)
+    return Fab(*numbers, targeted, bool(random_start), float(progress))
 
 
 def kernel(settings: Fab) -> Attack:
@@ -99,17 +110,24 @@ def kernel(settings: Fab) -> Attack:
     With the boundary linearized at the current point, `d1` the least move there and
     `d0` the same from the clean point (each inside the box, see `nearest_on_plane`),
     `a = min(||d1|| / (||d1|| + ||d0||), alpha_max)`:
-    `delta <- clip((1 - a) (delta + eta d1) + a eta d0)`. After a success the row steps
-    back, `delta <- beta delta`, and takes the next gradient there.
+    `delta <- clip((1 - a) (delta + eta d1) + a eta d0)`. A success is stepped back
+    first, `delta <- beta delta`: one that is much smaller than the best before it
+    (`progress`) within its own step, whose gradient serves, any other by a step of its
+    own, which evaluates there.
 
-    The score must be a difference of two logits, `z_target - z_y`
-    (`losses.difference`); untargeted, the logits' whole Jacobian is taken: a backward
-    pass for every class.
+    Targeted, the score must be a difference of two logits, `z_target - z_y`
+    (`losses.difference`), or have its boundary at 0 as `margin_loss` has; untargeted,
+    the logits' whole Jacobian is taken: a backward pass for every class.
 
     Reference: Croce and Hein, arXiv 1907.02044; repository fra31/auto-attack.
-    Differs from the authors' code: there an iteration evaluates the new point, and
-    after it the gradient where it (perhaps) stepped back to. Here a point that did
-    not succeed gives its gradient in the same pass: only successes take two steps.
+    Differs from the authors' code: there an iteration looks at the new point, and then
+    takes the gradient where it (perhaps) stepped back to: three passes. Here a step
+    takes two, and a point that did not succeed gives its gradient at once. With
+    `progress=0` the points are the authors', at two steps for each success. With 0.99
+    and as many steps as they take iterations it found as much for two thirds of the
+    passes: of 421 images that APGD leaves (fast_mnist_pgd, L2 1.5; 9 targets, 100
+    steps) 228 inside the ball against 225; on five other pairs of net and norm the
+    median size was between 0.4 % below and 3 % above theirs (best target).
 
     >>> import jax, jax.numpy as jnp, robustjax as rj
     >>> x, y, target = jnp.full((1, 2), 0.6), jnp.array([0]), jnp.array([1])
@@ -125,11 +143,8 @@ def kernel(settings: Fab) -> Attack:
 
     def init(key: Key, problem: Problem) -> FabState:
         delta = first_delta(problem, key, False)
-        if settings.random_start and problem.start is None:
-            keys = example_keys(key, problem.index)
-            away = threats.sample(problem.threat, keys, problem.x)
-            away = 0.5 * threats.rescale(problem.threat, away)
-            delta = _inside(problem, jnp.where(jnp.isfinite(away), away, 0))
+        away = _halfway(problem, example_keys(key, problem.index))
+        delta = jnp.where(jnp.asarray(settings.random_start), away, delta)
         rows = problem.x.shape[:1]
         no, nowhere = jnp.zeros(rows, bool), jnp.full(rows, jnp.inf, problem.x.dtype)
         return FabState(delta, no, jnp.zeros_like(delta), nowhere)
@@ -144,24 +159,45 @@ def kernel(settings: Fab) -> Attack:
         best = select(closer, state.delta, state.best)
         best_size = jnp.where(closer, info.size, state.best_size)
 
-        here = _to_plane(problem, state.delta, gap, grad, state.delta)
-        origin = jnp.zeros_like(state.delta)
-        there = _to_plane(problem, state.delta, gap, grad, origin)
-        near = jnp.maximum(threats.size(problem.threat, here), TINY)
-        far = jnp.maximum(threats.size(problem.threat, there), TINY)
-        bias = jnp.minimum(near / (near + far), settings.alpha_max)
-
-        def mixed(delta: Array, here: Array, there: Array, bias: Array) -> Array:
-            moved = delta + settings.eta * here
-            return (1 - bias) * moved + bias * settings.eta * there
-
-        moved = jax.vmap(mixed)(state.delta, here, there, bias)
+        gains = wrong & ~state.back & (info.size < settings.progress * state.best_size)
+        stepped = settings.beta * state.delta
+        moved = _move(settings, problem, state.delta, gap, grad, gains, stepped)
         # Stepped back once, a point gives its gradient whether it is a success or not.
-        back = wrong & ~state.back
-        delta = select(back, settings.beta * state.delta, _inside(problem, moved))
-        return FabState(delta, back, best, best_size), info
+        back = wrong & ~state.back & ~gains
+        return FabState(select(back, stepped, moved), back, best, best_size), info
 
     return Attack(init, step)
+
+
+def _move(
+    settings: Fab,
+    problem: Problem,
+    at: Array,
+    gap: Array,
+    grad: Array,
+    gains: Array,
+    stepped: Array,
+) -> Array:
+    """The mixture of both ways to the boundary as it looks from `at`."""
+    delta = select(gains, stepped, at)
+    here = _to_plane(problem, at, gap, grad, delta)
+    there = _to_plane(problem, at, gap, grad, jnp.zeros_like(delta))
+    near = jnp.maximum(threats.size(problem.threat, here), TINY)
+    far = jnp.maximum(threats.size(problem.threat, there), TINY)
+    bias = jnp.minimum(near / (near + far), settings.alpha_max)
+
+    def mixed(delta: Array, here: Array, there: Array, bias: Array) -> Array:
+        return (1 - bias) * (delta + settings.eta * here) + bias * settings.eta * there
+
+    return _inside(problem, jax.vmap(mixed)(delta, here, there, bias))
+
+
+def _halfway(problem: Problem, keys: Array) -> Array:
+    """A random point `[B, ...]` at half of epsilon; for `inf` somewhere in the box."""
+    threat = problem.threat
+    drawn = threats.sample(threat, keys, problem.x)
+    scaled = threats.rescale(threat, drawn)
+    return _inside(problem, 0.5 * jnp.where(jnp.isfinite(scaled), scaled, drawn))
 
 
 def _inside(problem: Problem, delta: Array) -> Array:
@@ -226,7 +262,7 @@ def _to_plane(
 
 
 def fab(
-    num_steps: int = 150,
+    num_steps: int = 100,
     *,
     num_restarts: int = 1,
     targeted: bool = True,
@@ -234,21 +270,26 @@ def fab(
     alpha_max: float = 0.1,
     eta: float = 1.05,
     beta: float = 0.9,
+    progress: float = 0.99,
 ) -> AttackFn:
     """Fast adaptive boundary attack: the smallest perturbation that it finds.
 
     A success counts inside the ball only; with an infinite epsilon it is the minimal
-    norm. 150 steps take as many passes as 100 iterations of the authors' code.
+    norm. Where there is none, the point nearest to one is projected into the ball.
     Reference: Croce and Hein, arXiv 1907.02044; see `kernel` for what differs.
 
     Args:
-      num_steps: points evaluated for each restart and target.
+      num_steps: points evaluated for each restart and target, beside two at the end.
       num_restarts: the first begins at x, later ones half of epsilon away.
       targeted: towards each of the `num_targets` best other classes of the clean
         point, one backward pass a step; else towards the nearest boundary of all
         classes, a backward pass for every class and step.
       num_targets: at most; with fewer classes all of them.
-      alpha_max, eta, beta: see `Fab`.
+      alpha_max, eta, beta, progress: see `Fab`.
+
+    Raises:
+      ValueError: fewer than one step or restart, or a setting out of its range.
+      TypeError: when it runs, under a norm other than Linf, L2 and L1.
 
     >>> import jax, jax.numpy as jnp, robustjax as rj
     >>> x, y = jnp.array([[0.7, 0.5]]), jnp.array([0])
@@ -260,18 +301,30 @@ def fab(
         raise ValueError(f"num_steps={num_steps}: FAB needs at least one step.")
     if num_restarts < 1:
         raise ValueError(f"num_restarts={num_restarts}: FAB needs at least one run.")
+    settings = fab_settings(alpha_max, eta, beta, targeted, progress=progress)
 
-    def once(random_start: bool) -> AttackFn:
-        settings = fab_settings(alpha_max, eta, beta, targeted, random_start)
-        return run(kernel(settings), num_steps, smallest)
+    def one(key: Key, problem: Problem, random_start: Array | bool) -> Result:
+        attack = kernel(dataclasses.replace(settings, random_start=random_start))
+        key_run, key_last = jax.random.split(key)
+        found = run(attack, num_steps, smallest)(key_run, problem)
+        # Without a success the run may have ended outside of the ball.
+        threat, x = problem.threat, problem.x
+        delta = threats.project(threat, x, found.x_adv - x)
+        info = evaluate_point(problem, delta, key_last)
+        x_adv = threats.apply(threat, x, delta)
+        inside = Result(x_adv, info.success, info.size, info.score)
+        return select(found.success, found, jax.lax.stop_gradient(inside))
 
-    def attack_fn(key: Key, problem: Problem):
-        best = once(False)(jax.random.fold_in(key, 0), problem)
+    def attack_fn(key: Key, problem: Problem) -> Result:
+        best = one(jax.random.fold_in(key, 0), problem, False)
         if num_restarts == 1:
             return best
-        more = restarts(once(True), num_restarts - 1, smallest)
-        new = more(jax.random.fold_in(key, 1), problem)
-        return select(smallest(best, new), new, best)
+
+        def body(best: Result, i: Array) -> tuple[Result, None]:
+            new = one(jax.random.fold_in(key, i), problem, True)
+            return select(smallest(best, new), new, best), None
+
+        return jax.lax.scan(body, best, jnp.arange(1, num_restarts))[0]
 
     if not targeted:
         return attack_fn

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import robustjax as rj
 from robustjax import testing
 from robustjax.attacks.apgd import apgd
+from robustjax.attacks.fab import fab
 from robustjax.attacks.square import square
 
 
@@ -74,6 +75,10 @@ ROWS = {
     "square": Row(square(100, rescale=True), ("Linf",)),
     # Random search: of 100 queries under L2 and L1 the last ones still gain.
     "square, bumps": Row(square(100, rescale=True), ("L2", "L1"), 0.35),
+    # FAB stops at the boundary, it does not look for the least margin in the ball: its
+    # distances are checked in tests/attacks/test_fab.py.
+    "fab": Row(fab(30), ("Linf", "L2", "L1"), 1.0),
+    "fab, untargeted": Row(fab(10, targeted=False, num_restarts=2), ("L2",), 1.0),
     # scripts/new_attack adds rows above this line.
 }
 # fmt: on
