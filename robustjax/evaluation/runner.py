@@ -22,8 +22,10 @@ from robustjax.attacks.base import AttackFn, Result
 from robustjax.attacks.pgd import fgsm, pgd
 from robustjax.evaluation import checks as inputs
 from robustjax.evaluation import fast, strong, suites
+from robustjax.evaluation.binarization import binarization_test
+from robustjax.evaluation.binarization import flag as binarization_flag
 from robustjax.evaluation.board import Board, Enough, clean_margin
-from robustjax.evaluation.doctor import after, doctor, usual_scale
+from robustjax.evaluation.doctor import after, chosen, doctor, usual_scale
 from robustjax.evaluation.driver import (
     Driver,
     Model,
@@ -230,7 +232,12 @@ def evaluate(
         prefix = f"{name}: " if len(named) > 1 else ""
         measured |= {prefix + check: seen for check, seen in diagnosis.checks.items()}
         known = {flag.name for flag in flags}
-        news = [flag for flag in diagnosis.flags if flag.name not in known]
+        raised = list(diagnosis.flags)
+        if checks == "full":
+            tested = binarization(f, x, t, index, key_checks, features_fn)
+            measured[f"{prefix}binarization test"], more = tested
+            raised += more
+        news = [flag for flag in raised if flag.name not in known]
         news = [flag._replace(message=prefix + flag.message) for flag in news]
         inputs.warn(news)
         flags += news
@@ -344,6 +351,33 @@ SUITES: dict[str, Any] = {
 RESCALED = ("fast", "strong")
 CHECKS = ("default", "full", "none")
 CHECKED_PART = 0.01
+NUM_BINARIZED = 32
+
+
+def binarization(
+    f: Any,
+    x: np.ndarray,
+    threat: ThreatModel,
+    index: np.ndarray,
+    key: Key,
+    features_fn: Callable[..., Array] | None = None,
+) -> tuple[dict[str, Any], list[inputs.Flag]]:
+    """The binarization test with PGD-40 on 32 examples: what was seen, and flags."""
+    take = chosen(index)[:NUM_BINARIZED]
+    features = f if features_fn is None else canonicalize(features_fn)
+    few = _of_rows(threat, take)
+    found = binarization_test(features, x[take], few, PGD, key, index=index[take])
+    flag = binarization_flag(found)
+    count = int(found.tested.sum())
+    message = f"found {found.solved.sum()} of {count} planted adversarial points"
+    seen = {
+        "result": ("ok" if count else "not run") if flag is None else "flagged",
+        "value": found.success_rate if count else None,
+        "message": message if flag is None else flag.message,
+    }
+    return seen, [] if flag is None else [flag]
+
+
 NUM_PASSES = 10
 
 
