@@ -292,7 +292,15 @@ def evaluate(
             # Beside a suite they are further attacks of the sequence.
             individual = individual and run_suite is None
             for attack_name, attack_fn in extra.items():
-                shot = Stage(attack_name, OneShot(attack_fn), (), 1, raw=True)
+                shot = Stage(
+                    attack_name,
+                    OneShot(attack_fn),
+                    (),
+                    1,
+                    forward=0,
+                    backward=0,
+                    raw=True,
+                )
                 everyone = board.ordered(np.flatnonzero(board.correct))
                 board.run(shot, everyone if individual else None)
         except Enough:

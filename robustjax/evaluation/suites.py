@@ -102,7 +102,7 @@ def fab_t(
     settings = fab.fab_settings(targeted=True)
     places = board.bottom(fraction, 12)
     for rank in range(1, min(targets, board.logits.shape[1] - 1) + 1):
-        stage = Stage("fab-t", fab.kernel, settings, num_steps, "difference")
+        stage = Stage("fab-t", fab.kernel, settings, num_steps + 1, "difference")
         here = places[board.alive[places]]
         board.run(stage, here, label=f"fab-t {rank}", target=board.ranked(rank))
 
