@@ -14,6 +14,7 @@ import robustjax as rj
 from robustjax import data, models
 from robustjax.evaluation.binarization import binarization_test, flag
 from robustjax.evaluation.doctor import after, chosen, doctor
+from robustjax.evaluation.masking import Evidence, reasons
 from robustjax.losses import margin_loss
 from robustjax.models.canonical import canonicalize
 from robustjax.models.importers.layers import from_layers
@@ -121,6 +122,18 @@ def test_few_classes_name_their_fallback(params, classes):
     found = doctor(f, x, y, THREAT, np.arange(len(y)), jax.random.key(0), passes=0)
     assert found.flags == []
     assert f"{classes} classes" in found.checks["few classes"]["message"]
+
+
+def test_reasons_need_more_than_luck():
+    quiet = Evidence(64, 50, 0, 0, 0, 0, 0.006, -0.01, 0, 0)
+    assert reasons(quiet) == []
+    assert reasons(quiet._replace(search=2)) == []
+    assert (
+        "a search without gradients broke 3 of 50"
+        in reasons(quiet._replace(search=3))[0]
+    )
+    for change in ({"far": 9}, {"one_step": 9}, {"lower": 0.02}, {"disagree": 0.01}):
+        assert len(reasons(quiet._replace(**change))) == 1
 
 
 def test_square_after_gradients():
