@@ -81,19 +81,24 @@ def _newton(steep: Array, rate: Array, room: Array, need: Array) -> Array:
     from 0 never passes the solution, and stays there once no end lies between. In each
     pass what is missing, times the slope, falls by 4 or more (Dinkelbach); on 784
     weights over 40 powers of e, with 99.9 % of all room needed, 16 passes were exact to
-    rounding, and half as long as 31 of bisection.
+    rounding.
     """
     ends = room / jnp.where(rate > 0, rate, 1)
-    gain, price = steep * room, steep * rate
+    gain, price, zero = steep * room, steep * rate, jnp.zeros_like(need)
 
     def body(_, t):
         moving = t < ends
-        slope = jnp.sum(jnp.where(moving, price, 0))
-        missing = need - jnp.sum(jnp.where(moving, 0, gain))
-        new = missing / jnp.where(slope > 0, slope, 1)
+        parts = jnp.where(moving, price, 0), jnp.where(moving, 0, gain)
+        # Both sums in one reduction: on CPU two took three times as long.
+        slope, fixed = jax.lax.reduce(parts, (zero, zero), _add, (0,))
+        new = (need - fixed) / jnp.where(slope > 0, slope, 1)
         return jnp.where(slope > 0, jnp.maximum(t, new), t)
 
-    return jax.lax.fori_loop(0, PASSES, body, jnp.zeros_like(need))
+    return jax.lax.fori_loop(0, PASSES, body, zero)
+
+
+def _add(a, b):
+    return a[0] + b[0], a[1] + b[1]
 
 
 def _l1(steep: Array, room: Array, need: Array) -> Array:
