@@ -28,11 +28,12 @@ from robustjax.problems import Problem, example_keys
 from robustjax.types import Array, Key
 
 TINY = 1e-8
+NO_LIMIT = 2**30
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["alpha_max", "eta", "beta", "progress", "random_start"],
+    data_fields=["alpha_max", "eta", "beta", "progress", "random_start", "most"],
     meta_fields=["targeted"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Fab:
         problem's `start` or x.
       progress: a success smaller than `progress` times the best one lends its own
         gradient to the point stepped back to; 0: none does, as in the authors' code.
+      most: moves after which a row stands still (steps back are no moves).
     """
 
     alpha_max: Any
@@ -57,6 +59,7 @@ class Fab:
     targeted: bool = True
     random_start: Any = False
     progress: Any = 0.99
+    most: Any = NO_LIMIT
 
 
 class FabState(NamedTuple):
@@ -66,12 +69,16 @@ class FabState(NamedTuple):
     back:      `[B]` bool: it was stepped back to from a success, for its gradient.
     best:      the smallest misclassified perturbation, 0 before the first one.
     best_size: `[B]` its norm, `inf` before.
+    moves:     `[B]` int32, how many were made.
+    over:      `[B]` bool: all were, and the last point was evaluated.
     """
 
     delta: Array
     back: Array
     best: Array
     best_size: Array
+    moves: Array
+    over: Array
 
 
 def fab_settings(
@@ -81,6 +88,7 @@ def fab_settings(
     targeted: bool = True,
     random_start: bool = False,
     progress: float = 0.99,
+    most: int = NO_LIMIT,
 ) -> Fab:
     """FAB's settings; those of the authors by default, but for `progress`.
 
@@ -101,7 +109,9 @@ def fab_settings(
             f"progress={progress}: must lie in [0, 1]; 0 takes the authors' points."
         )
     numbers = float(alpha_max), float(eta), float(beta)
-    return Fab(*numbers, targeted, bool(random_start), float(progress))
+    if most < 1:
+        raise ValueError(f"most={most}: FAB needs at least one move.")
+    return Fab(*numbers, targeted, bool(random_start), float(progress), int(most))
 
 
 def kernel(settings: Fab) -> Attack:
@@ -147,7 +157,8 @@ def kernel(settings: Fab) -> Attack:
         delta = jnp.where(jnp.asarray(settings.random_start), away, delta)
         rows = problem.x.shape[:1]
         no, nowhere = jnp.zeros(rows, bool), jnp.full(rows, jnp.inf, problem.x.dtype)
-        return FabState(delta, no, jnp.zeros_like(delta), nowhere)
+        none = jnp.zeros(rows, jnp.int32)
+        return FabState(delta, no, jnp.zeros_like(delta), nowhere, none, no)
 
     def step(key: Key, state: FabState, problem: Problem) -> tuple[FabState, Info]:
         x_adv = threats.apply(problem.threat, problem.x, state.delta)
@@ -164,7 +175,10 @@ def kernel(settings: Fab) -> Attack:
         moved = _move(settings, problem, state.delta, gap, grad, gains, stepped)
         # Stepped back once, a point gives its gradient whether it is a success or not.
         back = wrong & ~state.back & ~gains
-        return FabState(select(back, stepped, moved), back, best, best_size), info
+        over = state.moves >= settings.most
+        delta = select(over, state.delta, select(back, stepped, moved))
+        moves = state.moves + jnp.where(back | over, 0, 1)
+        return FabState(delta, back, best, best_size, moves, over), info
 
     return Attack(init, step)
 

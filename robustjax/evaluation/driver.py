@@ -49,6 +49,7 @@ class Stage(NamedTuple):
     chunk:     steps between two looks at who has fallen.
     hand_over: the field of the last state that the caller wants back, or None.
     samples:   random draws of the model that each score averages (EOT).
+    ends:      the state has a field `over`: rows that leave before the last step.
     raw:       the perturbation is judged as it is, not clipped into the box: for
                attacks of others, whose mistakes must be seen.
     """
@@ -63,6 +64,7 @@ class Stage(NamedTuple):
     chunk: int = 10
     hand_over: str | None = None
     samples: int = 1
+    ends: bool = False
     raw: bool = False
 
 
@@ -401,7 +403,25 @@ def drive(
     if stage.hand_over is not None:
         handed = np.array(rows.x, np.float32)
     passes = Passes()
-    alive = np.arange(n)
+    alive, gone = np.arange(n), np.zeros(n, bool)
+    low, high = np.asarray(driver.threat.lower), np.asarray(driver.threat.upper)
+
+    def record(part: _Part, rest: np.ndarray) -> None:
+        """Note what is known of those of a part's rows that leave unbroken."""
+        state, best = part.carry
+        places = part.places[rest]
+        if not len(places):
+            return
+        count = len(part.places)
+        margin[places] = fetch(best.margin)[:count][rest]
+        if counts:
+            measured = np.isfinite(margin[places])
+            closest = fetch(best.closest)[:count][rest]
+            x_adv[places[measured]] = closest[measured]
+        if stage.hand_over is not None:
+            delta = fetch(getattr(state, stage.hand_over))[:count][rest]
+            handed[places] = np.clip(rows.x[places] + delta, low, high)
+
     parts = [
         _begin(driver, stage, shared, rows, start, key, places, shape)
         for places, shape in _shares(alive, driver.shapes)
@@ -413,34 +433,29 @@ def drive(
             carry = _run_chunk(driver, stage, shared, key, part, done, steps)
             parts[number] = part._replace(carry=carry)
             size = len(part.rows.y)
-            passes += _cost(stage, steps, int((~broken[part.places]).sum()), size)
+            passes += _cost(stage, steps, int((~gone[part.places]).sum()), size)
         done += steps
         if counts:
             for number, part in enumerate(parts):
-                part, leave, outside = _look(driver, part, rows, broken)
+                part, leave, outside = _look(driver, part, rows, gone)
                 parts[number] = part
                 refused[part.places[outside]] = True
-                gone = part.places[leave]
-                if len(gone):
-                    broken[gone] = True
-                    x_adv[gone] = fetch(part.carry[1].x_adv)[: len(leave)][leave]
-            alive = alive[~broken[alive]]
-            parts = _packed(driver, parts, broken, len(alive))
+                fallen = part.places[leave]
+                if len(fallen):
+                    broken[fallen] = gone[fallen] = True
+                    x_adv[fallen] = fetch(part.carry[1].x_adv)[: len(leave)][leave]
+        if stage.ends:
+            for part in parts:
+                over = fetch(part.carry[0].over)[: len(part.places)]
+                over = over & ~gone[part.places]
+                record(part, over)
+                gone[part.places[over]] = True
+        if gone[alive].any():
+            alive = alive[~gone[alive]]
+            parts = _packed(driver, parts, gone, len(alive))
         on_chunk(done, len(alive))
     for part in parts:
-        state, best = part.carry
-        best = fetch(best)
-        staying = ~broken[part.places]
-        places = part.places[staying]
-        count = len(part.places)
-        margin[places] = best.margin[:count][staying]
-        if counts:
-            measured = np.isfinite(margin[places])
-            x_adv[places[measured]] = best.closest[:count][staying][measured]
-        if stage.hand_over is not None:
-            delta = fetch(getattr(state, stage.hand_over))[:count][staying]
-            low, high = np.asarray(driver.threat.lower), np.asarray(driver.threat.upper)
-            handed[places] = np.clip(rows.x[places] + delta, low, high)
+        record(part, ~gone[part.places])
     return Outcome(broken, x_adv, margin, handed, refused, passes)
 
 
@@ -476,13 +491,13 @@ def _run_chunk(driver, stage, shared, key, part, done, steps):
     return carry
 
 
-def _look(driver: Driver, part: _Part, rows: Rows, broken: np.ndarray):
+def _look(driver: Driver, part: _Part, rows: Rows, gone: np.ndarray):
     """Who claims to have won goes to the judge: `(part, leave, outside)`, bool masks
     over the part's places. A refused claim is forgotten, and the attack goes on."""
     state, best = part.carry
     count = len(part.places)
     found = fetch(best.found)
-    claims = np.flatnonzero(found[:count] & ~broken[part.places])
+    claims = np.flatnonzero(found[:count] & ~gone[part.places])
     leave, outside = np.zeros(count, bool), np.zeros(count, bool)
     if not len(claims):
         return part, leave, outside
@@ -500,7 +515,7 @@ def _look(driver: Driver, part: _Part, rows: Rows, broken: np.ndarray):
 
 
 def _packed(
-    driver: Driver, parts: list[_Part], broken: np.ndarray, alive: int
+    driver: Driver, parts: list[_Part], gone: np.ndarray, alive: int
 ) -> list[_Part]:
     """The survivors in fewer or smaller batches, where that saves rows."""
     now = sum(len(part.rows.y) for part in parts)
@@ -508,7 +523,7 @@ def _packed(
         return []
     if sum(plan(alive, driver.shapes)) >= now:
         return parts
-    keep = [np.flatnonzero(~broken[part.places]) for part in parts]
+    keep = [np.flatnonzero(~gone[part.places]) for part in parts]
     trees = [
         jax.tree.map(lambda leaf, k=k: leaf[k], fetch((part.rows, part.carry)))
         for part, k in zip(parts, keep, strict=True)
