@@ -200,11 +200,12 @@ class Board:
             raise Enough
         return outcome
 
-    def pay(self, name: str, rows: int, size: int, forward: int, backward: int) -> None:
-        """Note passes that a suite made itself: `rows` of a batch of `size`."""
+    def pay(self, name: str, rows: int, size: int, looks: int) -> None:
+        """Note `looks` forward and backward passes that a suite made itself, of `rows`
+        examples in batches of `size` rows in all."""
         cost = self.costs.get(name, Cost(0, 0, Passes(), 0.0))
-        more = Passes(forward * rows, backward * rows, forward * size, backward * size)
-        points = cost.points + rows
+        more = Passes(looks * rows, looks * rows, looks * size, looks * size)
+        points = max(cost.points, rows)
         self.costs[name] = cost._replace(points=points, passes=cost.passes + more)
 
     def _note(self, name: str, places: np.ndarray, outcome: Outcome) -> None:

@@ -324,6 +324,6 @@ def malt(board: Board, places: np.ndarray, count: int, among: int = 9) -> np.nda
             part = distance[take, rank]
             part[:] = fetch(found)[: len(part)]
         begin += shape
-        board.pay("malt", min(shape, len(places) - take.start), shape, among, among)
+    board.pay("malt", len(places), sum(plan(len(places), driver.shapes)), among)
     nearest = np.argsort(distance, axis=1, kind="stable")[:, :count]
     return np.take_along_axis(classes, nearest, 1)

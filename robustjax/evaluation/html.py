@@ -124,14 +124,14 @@ def _cards(report: "Report") -> str:
                 )
             )
     stages = [s for t in report.threats.values() for s in t.stages]
-    if stages:
-        asked = sum(s.forward + s.backward for s in stages)
+    asked = sum(s.forward + s.backward for s in stages)
+    if asked:  # the passes of a user's own attacks are not known
         executed = sum(s.executed_forward + s.executed_backward for s in stages)
         cards.append(
             _card(
                 "Cost",
                 f"{count(asked / total)} passes",
-                f"per example; executed: {executed / max(asked, 1):.2f} times that",
+                f"per example; executed: {executed / asked:.2f} times that",
                 f"{sum(s.seconds for s in stages):,.1f} s",
             )
         )
