@@ -22,7 +22,8 @@ Suite = Callable[[Board], None]
 
 FAB_MOVES = 100
 FAB_PASSES = 300
-"""Of the reference: 100 iterations, each of three passes."""
+"""Of the reference: 100 iterations, each of three passes. Ours ends after as many moves
+or as many passes, whichever comes first."""
 
 
 def apgd_stage(board: Board, name: str, loss: str, num_steps: int, **changes) -> Stage:
@@ -110,8 +111,10 @@ def fab_t(
 
 
 def _fab_stage(name: str, settings: fab.Fab, moves: int, loss: str) -> Stage:
-    # A success takes two steps: the point, and the one stepped back to.
-    return Stage(name, fab.kernel, settings, 2 * moves + 1, loss, ends=True)
+    # A step is two passes, and a success takes two steps: the point, and the one
+    # stepped back to.
+    steps = moves * FAB_PASSES // (2 * FAB_MOVES)
+    return Stage(name, fab.kernel, settings, steps, loss, ends=True)
 
 
 def fab_untargeted(board: Board, restarts: int = 5, moves: int = FAB_MOVES) -> None:
