@@ -1,6 +1,8 @@
 """Every test runs on four fake CPU devices, with JAX's strictest settings."""
 
+import gc
 import os
+from pathlib import Path
 
 # Before JAX starts: a GPU or TPU would make the same tests other tests.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -9,6 +11,7 @@ os.environ["MPLBACKEND"] = "agg"
 
 import hypothesis
 import jax
+import pytest
 
 NUM_DEVICES = 4
 
@@ -20,3 +23,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # every machine, so that a failure in CI is a failure here.
 hypothesis.settings.register_profile("robustjax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("robustjax")
+
+MAPS = Path("/proc/self/maps")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Compiled programs are memory maps, and Linux gives a process 65,530 of them:
+    beyond, XLA's compiler ends with a segmentation fault."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()

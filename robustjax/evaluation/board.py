@@ -82,6 +82,8 @@ class Board:
         self.x_adv = np.array(x, np.float32)
         self.margin = clean_margin(logits, y)
         self.refused = np.zeros(len(y), bool)
+        self.doubted = np.zeros(len(y), bool)
+        self._labels: dict[str, int] = {}
         self.rank = np.full(len(y), np.nan, np.float32)
         self.further: tuple[float, float] | None = None
         self._ranks: dict[str, np.ndarray] = {}
@@ -143,6 +145,10 @@ class Board:
           The `Outcome`, in the order of `places`.
         """
         label = label or stage.name
+        # The same run again is another one: other noise, another place in the ledger.
+        again = self._labels.get(label, 0)
+        self._labels[label] = again + 1
+        label = f"{label}, again {again}" if again else label
         places = self.survivors() if places is None else places
         order = np.argsort(self.index[places], kind="stable")
         if stage.name not in self._ranks:
@@ -212,12 +218,15 @@ class Board:
         broken = self.broken_by.setdefault(name, np.zeros(len(self.y), bool))
         broken[places[outcome.broken]] = True
         self.refused[places[outcome.refused]] = True
-        first = places[outcome.broken & self.alive[places]]
-        taken = outcome.x_adv[outcome.broken & self.alive[places]]
+        self.doubted[places[outcome.doubted]] = True
+        fresh = self.alive[places]
+        first = places[outcome.broken & fresh]
+        taken = outcome.x_adv[outcome.broken & fresh]
         self.alive[first] = False
         self.rank[first] = self._ranks[name][first]
         self.x_adv[first] = taken
         closer = self.alive[places] & (outcome.margin < self.margin[places])
+        self.margin[first] = outcome.margin[outcome.broken & fresh]
         self.margin[places] = np.minimum(self.margin[places], outcome.margin)
         self.x_adv[places[closer]] = outcome.x_adv[closer]
 
@@ -241,7 +250,8 @@ def _in_order(outcomes: list[Outcome], order: np.ndarray, shape: Any) -> Outcome
     if not outcomes:
         none = np.zeros(0, bool)
         points = np.zeros((0, *shape), np.float32)
-        return Outcome(none, points, np.zeros(0, np.float32), points, none, Passes())
+        nothing = np.zeros(0, np.float32)
+        return Outcome(none, points, nothing, none, points, none, Passes())
     back = np.argsort(order, kind="stable")
     total = Passes()
     for outcome in outcomes:
@@ -250,5 +260,5 @@ def _in_order(outcomes: list[Outcome], order: np.ndarray, shape: Any) -> Outcome
     def whole(name: str) -> np.ndarray:
         return np.concatenate([getattr(outcome, name) for outcome in outcomes])[back]
 
-    names = ("broken", "x_adv", "margin", "handed", "refused")
+    names = ("broken", "x_adv", "margin", "doubted", "handed", "refused")
     return Outcome(**{name: whole(name) for name in names}, passes=total)

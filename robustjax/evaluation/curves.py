@@ -143,7 +143,7 @@ def sweep_curve(
         )
         found = next(iter(report.threats.values()))
         broken = report.correct & ~report.robust
-        distance[left[broken]] = found.size[broken]
+        distance[left[broken]] = np.minimum(found.size[broken], epsilon)
         distance[left[~report.correct]] = 0.0
         left = left[report.robust]
     return _curve(np.array(epsilons), distance)

@@ -69,9 +69,10 @@ class Stage(NamedTuple):
 
 
 class OneShotState(NamedTuple):
-    """`delta`: what the attack returned."""
+    """`x_adv`: what the attack returned, to the bit; `delta`: its distance from x."""
 
     delta: Array
+    x_adv: Array
 
 
 class OneShot(NamedTuple):
@@ -84,7 +85,7 @@ class OneShot(NamedTuple):
         del settings
 
         def init(key: Key, problem: Problem) -> OneShotState:
-            return OneShotState(jnp.zeros_like(problem.x))
+            return OneShotState(jnp.zeros_like(problem.x), problem.x + 0)
 
         def step(
             key: Key, state: OneShotState, problem: Problem
@@ -94,8 +95,10 @@ class OneShot(NamedTuple):
             delta = result.x_adv - problem.x
             info = evaluate_point(problem, delta, key_look)
             # What it claims, also outside of the ball: the judge says no, and the
-            # report tells.
-            return OneShotState(delta), info._replace(success=result.success)
+            # report tells. And what wins without being claimed.
+            success = result.success | info.success
+            x_adv = result.x_adv.astype(problem.x.dtype)
+            return OneShotState(delta, x_adv), info._replace(success=success)
 
         return Attack(init, step)
 
@@ -114,13 +117,15 @@ class Best(NamedTuple):
     """What a stage has found so far, by row.
 
     found:   `[B]` bool, a success that the judge has not refused.
-    x_adv:   `[B, ...]` where.
+    x_adv:   `[B, ...]` where: of several the one of smallest margin.
+    won:     `[B]` its margin.
     margin:  `[B]` the smallest margin inside the ball.
     closest: `[B, ...]` where.
     """
 
     found: Array
     x_adv: Array
+    won: Array
     margin: Array
     closest: Array
 
@@ -154,14 +159,16 @@ class Outcome(NamedTuple):
     broken:  `[n]` bool, confirmed by the judge.
     x_adv:   `[n, ...]`: where broken that point, elsewhere the one of smallest margin.
     margin:  `[n]` the smallest margin reached (`inf`: none was measured).
+    doubted: `[n]` bool: a claim that the judge did not confirm.
     handed:  `[n, ...]` the state's field that `hand_over` names, or an empty array.
-    refused: `[n]` bool: the judge refused a point outside of ball or box.
+    refused: `[n]` bool: a claim that lies outside of ball or box.
     passes:  counted and executed.
     """
 
     broken: np.ndarray
     x_adv: np.ndarray
     margin: np.ndarray
+    doubted: np.ndarray
     handed: np.ndarray
     refused: np.ndarray
     passes: Passes
@@ -199,7 +206,7 @@ def _start(make, samples, settings, model, loss, threat, rows, start, key):
     # Not rows.x itself: the carry is donated step by step, its buffers must be its own.
     nowhere = jnp.zeros_like(rows.x)
     infinite = jnp.full(rows.x.shape[:1], jnp.inf, jnp.float32)
-    best = Best(no, nowhere, infinite, nowhere)
+    best = Best(no, nowhere, infinite, infinite + 0, nowhere)
     return state, best
 
 
@@ -208,15 +215,18 @@ def _step(make, samples, raw, settings, model, loss, threat, rows, key, t, carry
     problem = _problem(model, loss, samples, threat, rows, None)
     state, info = make(settings).step(jax.random.fold_in(key, t), state, problem)
     if raw:
-        x_adv = rows.x + info.delta
+        x_adv = state.x_adv
     else:
         x_adv = threats.apply(problem.threat, rows.x, info.delta)
     inside = info.size <= rows.epsilon + 1e-6 * jnp.maximum(1, rows.epsilon)
     margin = losses.margin(info.logits, rows.y).astype(jnp.float32)
-    first, closer = info.success & ~best.found, inside & (margin < best.margin)
+    # Of several wins between two looks the clearest one goes to the judge.
+    clearer = info.success & (~best.found | (margin < best.won))
+    closer = inside & (margin < best.margin)
     return state, Best(
         best.found | info.success,
-        select(first, x_adv, best.x_adv),
+        select(clearer, x_adv, best.x_adv),
+        jnp.where(clearer, margin, best.won),
         jnp.where(closer, margin, best.margin),
         select(closer, x_adv, best.closest),
     )
@@ -396,7 +406,7 @@ def drive(
     n = len(rows.y)
     loss = np.int32(list(LOSSES).index(stage.loss))
     shared = driver.share((stage.settings, driver.model, loss, driver.threat))
-    broken, refused = np.zeros(n, bool), np.zeros(n, bool)
+    broken, refused, doubted = (np.zeros(n, bool) for _ in range(3))
     x_adv = np.array(rows.x, np.float32)
     margin = np.full(n, np.inf, np.float32)
     handed = np.zeros((n, 0), np.float32)
@@ -437,13 +447,16 @@ def drive(
         done += steps
         if counts:
             for number, part in enumerate(parts):
-                part, leave, outside = _look(driver, part, rows, gone)
+                part, leave, doubt, outside = _look(driver, part, rows, gone)
                 parts[number] = part
+                doubted[part.places[doubt]] = True
                 refused[part.places[outside]] = True
                 fallen = part.places[leave]
                 if len(fallen):
                     broken[fallen] = gone[fallen] = True
-                    x_adv[fallen] = fetch(part.carry[1].x_adv)[: len(leave)][leave]
+                    best = part.carry[1]
+                    x_adv[fallen] = fetch(best.x_adv)[: len(leave)][leave]
+                    margin[fallen] = fetch(best.won)[: len(leave)][leave]
         if stage.ends:
             for part in parts:
                 over = fetch(part.carry[0].over)[: len(part.places)]
@@ -456,7 +469,7 @@ def drive(
         on_chunk(done, len(alive))
     for part in parts:
         record(part, ~gone[part.places])
-    return Outcome(broken, x_adv, margin, handed, refused, passes)
+    return Outcome(broken, x_adv, margin, doubted, handed, refused, passes)
 
 
 def _cost(stage: Stage, steps: int, count: int, size: int) -> Passes:
@@ -492,26 +505,27 @@ def _run_chunk(driver, stage, shared, key, part, done, steps):
 
 
 def _look(driver: Driver, part: _Part, rows: Rows, gone: np.ndarray):
-    """Who claims to have won goes to the judge: `(part, leave, outside)`, bool masks
-    over the part's places. A refused claim is forgotten, and the attack goes on."""
+    """Who claims to have won goes to the judge: `(part, leave, doubted, outside)`, bool
+    masks over the part's places. A claim that it does not confirm is forgotten, and the
+    attack goes on."""
     state, best = part.carry
     count = len(part.places)
     found = fetch(best.found)
     claims = np.flatnonzero(found[:count] & ~gone[part.places])
-    leave, outside = np.zeros(count, bool), np.zeros(count, bool)
+    leave, doubted, outside = (np.zeros(count, bool) for _ in range(3))
     if not len(claims):
-        return part, leave, outside
+        return part, leave, doubted, outside
     at = part.places[claims]
     points = fetch(best.x_adv)[claims]
     verdict = judge(driver, rows.x[at], rows.y[at], rows.epsilon[at], points)
     leave[claims] = verdict.wrong
-    outside[claims] = ~verdict.inside
+    doubted[claims], outside[claims] = ~verdict.wrong, ~verdict.inside
     if not verdict.wrong.all():
         kept = np.array(found)
         kept[claims[~verdict.wrong]] = False
         best = best._replace(found=driver.put(kept))
         part = part._replace(carry=(state, best))
-    return part, leave, outside
+    return part, leave, doubted, outside
 
 
 def _packed(

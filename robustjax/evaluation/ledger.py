@@ -9,15 +9,17 @@ line that a kill has cut is ignored; its group is run again.
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from robustjax.evaluation.driver import Outcome, Passes
 from robustjax.logging import write_json
-from robustjax.types import PyTree
+from robustjax.types import LogitsFn, PyTree
 
 
 def digest(*values: Any) -> str:
@@ -47,6 +49,32 @@ def tree_digest(tree: PyTree) -> str:
         for leaf in jax.tree.leaves(tree)
     ]
     return digest(*leaves)
+
+
+def model_digest(f: LogitsFn, x: np.ndarray) -> str:
+    """A hash of a model: its weights, its constants, and what it and its gradient
+    compute (so BPDA around the same weights is another model).
+
+    Args:
+      f: `f(x, key)`, a pytree.
+      x: `[N, ...]` inputs, for their shape.
+
+    >>> from jax.tree_util import Partial
+    >>> x, f = np.zeros((1, 2), np.float32), Partial(lambda w, x, key: x * w, 2.0)
+    >>> model_digest(f, x) == model_digest(Partial(f.func, 2.0), x)
+    True
+    >>> model_digest(f, x) == model_digest(Partial(lambda w, x, key: x + w, 2.0), x)
+    False
+    """
+
+    def gradient(f, x, key):
+        return jax.grad(lambda x: jnp.sum(f(x, key).astype(jnp.float32)))(x)
+
+    shape = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+    closed = jax.make_jaxpr(gradient)(f, shape, jax.random.key(0))
+    text = re.sub(r"0x[0-9a-f]+", "", str(closed))
+    constants = tree_digest([c for c in closed.consts if hasattr(c, "shape")])
+    return digest(tree_digest(f), constants, text)
 
 
 def code_digest() -> str:
@@ -117,6 +145,7 @@ class Ledger:
                 arrays["broken"],
                 x_adv,
                 arrays["margin"],
+                arrays["doubted"],
                 arrays["handed"],
                 arrays["refused"],
                 Passes(*row["passes"]),
@@ -125,9 +154,10 @@ class Ledger:
     def put(
         self, group: str, stage: str, index: np.ndarray, outcome: Outcome, points: bool
     ) -> None:
-        """Write what a group gave; `points`: those of unbroken rows too."""
+        """Write what a group gave; `points`: those of all unbroken rows too, and not
+        only of those whose margin is gone, which the last pass looks at again."""
         name = f"{len(self.lines):06d}.npz"
-        kept = np.ones_like(outcome.broken) if points else outcome.broken
+        kept = outcome.broken | (outcome.margin <= 0) | points
         places = np.flatnonzero(kept)
         temporary = self.folder / "groups" / f"{name}.saving"
         with open(temporary, "wb") as file:
@@ -138,6 +168,7 @@ class Ledger:
                 points=outcome.x_adv[places],
                 broken=outcome.broken,
                 margin=outcome.margin,
+                doubted=outcome.doubted,
                 handed=outcome.handed,
                 refused=outcome.refused,
             )
@@ -161,7 +192,7 @@ class Ledger:
 
 
 FIXES = {
-    "model": "the model's weights differ",
+    "model": "the model differs, in its weights or in what it computes",
     "logits": "the model's clean answers differ",
     "x": "the inputs differ",
     "y": "the labels differ",
@@ -170,6 +201,7 @@ FIXES = {
     "suite": "the suite, its constants or the added attacks differ",
     "key": "the random key differs",
     "rows": "the rows per device differ",
+    "machine": "JAX's version, backend or precision differ",
     "code": "the code has changed since",
 }
 

@@ -56,7 +56,9 @@ class ThreatReport:
     adv_prediction: `[N]`: what the judge sees in `x_adv`; -1: the logits are NaN.
     margin:    `[N]` float32: the smallest margin that any attack reached, NaN unknown.
     stages:    what each stage cost.
-    flipped:   index of examples whose final verdict disagreed with the ledger.
+    flipped:   index of examples that an attack broke and that the last pass classifies
+               correctly. They stay broken; what only that pass finds wrong is broken by
+               "last pass".
     unconfirmed: index of examples that an attack claimed and the judge never confirmed.
     notes:     what the suite leaves out, in sentences.
     further:   an interval for the fraction that more work might still break.

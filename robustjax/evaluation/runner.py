@@ -36,7 +36,13 @@ from robustjax.evaluation.driver import (
     pad,
     plan,
 )
-from robustjax.evaluation.ledger import Ledger, code_digest, digest, tree_digest
+from robustjax.evaluation.ledger import (
+    Ledger,
+    code_digest,
+    digest,
+    model_digest,
+    tree_digest,
+)
 from robustjax.evaluation.report import Report, StageCost, ThreatReport
 from robustjax.evaluation.suites import standard_passes
 from robustjax.logging import LiveLine, duration
@@ -206,6 +212,11 @@ def evaluate(
     for t in named.values():
         x, y, index = inputs.check_inputs(x, y, t, index, batch_size)
     x = x.astype(np.float32)
+    if len(np.unique(index)) < len(index):
+        raise ValueError(
+            f"index names {len(index) - len(np.unique(index))} examples twice: give "
+            "each example a number of its own."
+        )
     axes = _axes(image_axes, x)
     key_judge, key_attacks, key_checks = jax.random.split(inputs.check_key(key), 3)
     f, looped = prepare_model(logits_fn, x, y, batch_size)
@@ -255,7 +266,7 @@ def evaluate(
         ledger = None
         if resume is not None:
             header = {
-                "model": tree_digest(f),
+                "model": model_digest(f, x),
                 "x": digest(x[order]),
                 "y": digest(y[order]),
                 "index": digest(index[order]),
@@ -263,6 +274,7 @@ def evaluate(
                 "suite": f"{suite_name} {', '.join(extra)} {axes} scale {scale:g}",
                 "key": tree_digest(key_attacks),
                 "rows": f"{shapes}, {len(driver.keys)} judging",
+                "machine": _machine(),
                 "code": code_digest(),
             }
             ledger = Ledger(Path(resume) / _folder(name), header, logits[order])
@@ -292,6 +304,8 @@ def evaluate(
             # Beside a suite they are further attacks of the sequence.
             individual = individual and run_suite is None
             for attack_name, attack_fn in extra.items():
+                if attack_name in board.costs:  # a stage of the suite is called so
+                    attack_name = f"{attack_name} (own)"
                 shot = Stage(
                     attack_name,
                     OneShot(attack_fn),
@@ -425,6 +439,12 @@ def _axes(image_axes: str | None, x: np.ndarray) -> str | None:
     return image_axes if x.ndim == 4 else None
 
 
+def _machine() -> str:
+    config = jax.config
+    precision = f"{config.jax_default_matmul_precision} x64 {config.jax_enable_x64}"
+    return f"{jax.__version__} {jax.default_backend()} {precision}"
+
+
 def _folder(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
 
@@ -466,8 +486,12 @@ def _report(
     )
     back = np.argsort(order, kind="stable")
     wrong, prediction = verdict.wrong[back], verdict.prediction[back]
-    # Wrong before any attack: broken or not is no question.
-    flipped = board.correct & (wrong == board.alive)
+    # What the last pass finds wrong is broken, whatever the stages said of it.
+    late = board.alive & wrong
+    if late.any():
+        board.alive &= ~late
+        board.broken_by["last pass"] = late
+    flipped = board.correct & ~board.alive & ~wrong
     size = np.asarray(
         threats.size(threat, jnp.asarray(board.x_adv) - jnp.asarray(board.x))
     )
@@ -486,7 +510,7 @@ def _report(
         margin=board.margin / np.float32(board.driver.model.scale),
         stages=costs,
         flipped=tuple(int(i) for i in board.index[flipped]),
-        unconfirmed=tuple(int(i) for i in board.index[board.refused & board.alive]),
+        unconfirmed=tuple(int(i) for i in board.index[board.doubted & board.alive]),
         notes=notes,
         further=board.further,
         rank=board.rank,

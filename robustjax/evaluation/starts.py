@@ -23,27 +23,36 @@ def _keys(board: Board, places: np.ndarray, label: str):
 def other_image(board: Board, places: np.ndarray, label: str) -> np.ndarray:
     """`[n, ...]`: for each place a random image with another label.
 
-    Among the correctly classified ones; where there is none, the image itself.
+    Among the correctly classified ones; where there is none, noise (`noisy`).
     """
     pool = board.ordered(np.flatnonzero(board.correct))
     draws = jax.vmap(jax.random.uniform)(_keys(board, places, label))
-    chosen = np.array(places)
+    chosen, alone = np.array(places), np.ones(len(places), bool)
     for number, (place, draw) in enumerate(zip(places, np.asarray(draws), strict=True)):
         others = pool[board.y[pool] != board.y[place]]
         if len(others):
             chosen[number] = others[int(draw * len(others))]
-    return board.x[chosen]
+            alone[number] = False
+    return _or_noise(board, places, label, board.x[chosen], alone)
+
+
+def _or_noise(
+    board: Board, places: np.ndarray, label: str, start: np.ndarray, alone: np.ndarray
+) -> np.ndarray:
+    start = np.array(start, np.float32)
+    if alone.any():
+        start[alone] = noisy(board, places[alone], label)
+    return start
 
 
 def near_image(board: Board, places: np.ndarray, label: str) -> np.ndarray:
     """`[n, ...]`: for each place the nearest (L2) such image among the first 2000."""
-    del label
     pool = board.ordered(np.flatnonzero(board.correct))[:CANDIDATES]
-    if not len(pool) or not len(places):
+    if not len(places):
         return board.x[places]
     flat = board.x.reshape(len(board.x), -1).astype(np.float64)
     squares = np.sum(flat[pool] ** 2, 1)
-    chosen = np.array(places)
+    chosen, alone = np.array(places), np.zeros(len(places), bool)
     for begin in range(0, len(places), 256):
         here = places[begin : begin + 256]
         distance = squares[None] - 2 * flat[here] @ flat[pool].T
@@ -51,7 +60,8 @@ def near_image(board: Board, places: np.ndarray, label: str) -> np.ndarray:
         best = np.argmin(distance, 1)
         usable = np.isfinite(distance[np.arange(len(here)), best])
         chosen[begin : begin + 256] = np.where(usable, pool[best], here)
-    return board.x[chosen]
+        alone[begin : begin + 256] = ~usable
+    return _or_noise(board, places, label, board.x[chosen], alone)
 
 
 def normal(board: Board, places: np.ndarray, label: str) -> np.ndarray:

@@ -100,6 +100,9 @@ def fab_t(
 ) -> None:
     """Targeted FAB against the 9 best other classes, at the reference's points.
 
+    A row makes the reference's 100 moves, or as many as 300 passes pay: one that
+    succeeds at every move makes 75.
+
     `fraction`: of the survivors, those of smallest margin.
     """
     settings = fab.fab_settings(targeted=True, progress=0, most=moves)

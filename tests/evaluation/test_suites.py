@@ -195,11 +195,11 @@ def test_a_ledger_serves_nothing_else(tmp_path_factory, changes, field):
         evaluate(**({"suite": ("apgd-ce",), "resume": folder} | changes))
 
 
-def test_a_ledger_of_a_closure_is_known_by_its_answers(tmp_path):
-    """A bare closure has no weights to hash."""
+def test_a_ledger_of_a_closure_is_known_by_what_it_computes(tmp_path):
+    """A bare closure has no weights to hash: its constants and its trace are."""
     evaluate(lambda x: NET(x), suite=("apgd-ce",), resume=tmp_path)
     evaluate(lambda x: NET(x), suite=("apgd-ce",), resume=tmp_path)
-    with pytest.raises(ValueError, match="another 'logits'"):
+    with pytest.raises(ValueError, match="another 'model'"):
         evaluate(lambda x: 1.01 * NET(x), suite=("apgd-ce",), resume=tmp_path)
 
 
@@ -350,3 +350,88 @@ def test_random_models_are_judged_over_passes():
 
 def test_the_floor_of_small_sets():
     assert [fast.small_floor(n) for n in (20, 200, 400, 5000)] == [4, 6, 12, 12]
+
+
+def test_an_attack_that_claims_nothing_is_judged_all_the_same():
+    def modest(key, problem):
+        result = rj.pgd(20)(key, problem)
+        return result._replace(success=jnp.zeros_like(result.success))
+
+    plain = evaluate(suite=None, attacks=[rj.pgd(20)])
+    found = evaluate(suite=None, attacks=[modest])
+    np.testing.assert_array_equal(found.robust, plain.robust)
+    assert found.robust_accuracy < 1
+
+
+def test_points_on_the_faces_of_any_box_are_accepted_as_they_are():
+    """x + (face - x) may pass the face by a rounding error, the point does not."""
+    low, high = -0.4242, 2.8215
+    x = low + (high - low) * X
+
+    def scaled(x):
+        return NET((x - low) / (high - low))
+
+    found = evaluate(
+        scaled, x=x, threat=rj.linf(1.0, low, high), suite=None, attacks=[rj.pgd(20)]
+    )
+    assert found.robust_accuracy == 0
+    assert found.flags == []
+
+
+def test_what_the_last_pass_finds_wrong_is_broken(monkeypatch):
+    """A judge that confirms nothing in the middle; at the end the truth counts."""
+    blind = driver.judge
+
+    def never(*arguments):
+        verdict = blind(*arguments)
+        return verdict._replace(wrong=np.zeros_like(verdict.wrong))
+
+    monkeypatch.setattr(driver, "judge", never)
+    found = evaluate(suite=("apgd-ce",), threat=rj.linf(0.3))
+    monkeypatch.undo()
+    assert found.robust_accuracy == 0
+    assert found.threats["threat"].broken_by["last pass"].all()
+
+
+def test_own_attacks_named_like_a_stage_run_all_the_same(tmp_path):
+    def suite(board):
+        board.run(suites.square_stage(board, "square", 1))
+
+    runner.SUITES["own"] = suite
+    try:
+        report = evaluate(
+            suite="own", attacks={"square": rj.pgd(20)}, resume=tmp_path, threat=THREAT
+        )
+    finally:
+        del runner.SUITES["own"]
+    names = list(report.threats["threat"].broken_by)
+    assert names == ["square", "square (own)"]
+    assert report.threats["threat"].broken_by["square (own)"].any()
+
+
+def test_the_same_attack_twice_is_two_runs(tmp_path):
+    report = evaluate(suite=("apgd-ce", "apgd-ce"), resume=tmp_path)
+    lines = (tmp_path / "threat" / "ledger.jsonl").read_text().splitlines()
+    groups = [json.loads(line)["group"] for line in lines]
+    assert groups == ["apgd-ce 0#0", "apgd-ce 0, again 1#0"]
+    assert report.robust_accuracy < 1
+
+
+def test_a_gradient_that_differs_is_another_model(tmp_path):
+    def rounded(weights, x, key=None):
+        return net(weights, jnp.round(8 * x) / 8)
+
+    def mended(weights, x, key=None):
+        return net(weights, rj.bpda(lambda x: jnp.round(8 * x) / 8)(x))
+
+    weights = NET.args[0]
+    y = np.asarray(jnp.argmax(rounded(weights, X), -1))
+    few = {"suite": ("apgd-ce",), "resume": tmp_path, "y": y}
+    evaluate(jax.tree_util.Partial(rounded, weights), **few)
+    with pytest.raises(ValueError, match="another 'model'"):
+        evaluate(jax.tree_util.Partial(mended, weights), **few)
+
+
+def test_an_index_twice_is_refused():
+    with pytest.raises(ValueError, match="examples twice"):
+        evaluate(index=np.zeros(COUNT, int))
