@@ -136,13 +136,16 @@ def test_pooling_agrees_with_reduce_window_and_shares_ties():
         def penalty(x):
             def inner(x):
                 return jnp.sum(max_pool(x**2, convolution=convolution) * weight)
+
             return jnp.sum(jax.grad(inner)(x) ** 2)
 
         return jax.grad(penalty)(x)
 
     np.testing.assert_allclose(twice("canonical"), twice("plain"), 1e-6)
+
     def plain(x):
         return max_pool(x, convolution="plain")
+
     _, moved = jax.jvp(plain, (x,), (jnp.ones_like(x),))
     np.testing.assert_array_equal(moved, jnp.ones_like(moved))
     tied = jax.grad(lambda x: jnp.sum(max_pool(x)))(jnp.zeros((1, 2, 2, 1)))
