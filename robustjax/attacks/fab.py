@@ -28,13 +28,12 @@ from robustjax.problems import Problem, example_keys
 from robustjax.types import Array, Key
 
 TINY = 1e-8
-NO_LIMIT = 2**30
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["alpha_max", "eta", "beta", "progress", "random_start", "most"],
-    meta_fields=["targeted"],
+    data_fields=["alpha_max", "eta", "beta", "progress", "random_start"],
+    meta_fields=["targeted", "reference"],
 )
 @dataclasses.dataclass(frozen=True)
 class Fab:
@@ -49,8 +48,9 @@ class Fab:
       random_start: begin at half of epsilon in a random direction, instead of at the
         problem's `start` or x.
       progress: a success smaller than `progress` times the best one lends its own
-        gradient to the point stepped back to; 0: none does, as in the authors' code.
-      most: moves after which a row stands still (steps back are no moves).
+        gradient to the point stepped back to. Not in reference mode.
+      reference: the authors' own points; a step is one of their iterations, of three
+        passes: two where it stands, one where it arrives.
     """
 
     alpha_max: Any
@@ -59,26 +59,22 @@ class Fab:
     targeted: bool = True
     random_start: Any = False
     progress: Any = 0.99
-    most: Any = NO_LIMIT
+    reference: bool = False
 
 
 class FabState(NamedTuple):
     """Where FAB stands; every leaf `[B, ...]`.
 
-    delta:     the next point to evaluate.
+    delta:     the next point to evaluate (reference mode: to leave from).
     back:      `[B]` bool: it was stepped back to from a success, for its gradient.
     best:      the smallest misclassified perturbation, 0 before the first one.
     best_size: `[B]` its norm, `inf` before.
-    moves:     `[B]` int32, how many were made.
-    over:      `[B]` bool: all were, and the last point was evaluated.
     """
 
     delta: Array
     back: Array
     best: Array
     best_size: Array
-    moves: Array
-    over: Array
 
 
 def fab_settings(
@@ -88,9 +84,9 @@ def fab_settings(
     targeted: bool = True,
     random_start: bool = False,
     progress: float = 0.99,
-    most: int = NO_LIMIT,
+    reference: bool = False,
 ) -> Fab:
-    """FAB's settings; those of the authors by default, but for `progress`.
+    """FAB's settings: the authors' numbers by default, `reference` for their points.
 
     Raises:
       ValueError: a number out of its range.
@@ -106,16 +102,15 @@ def fab_settings(
         raise ValueError(f"eta={eta}: must be 1 or more; 1.05 is usual.")
     if not 0 <= progress <= 1:
         raise ValueError(
-            f"progress={progress}: must lie in [0, 1]; 0 takes the authors' points."
+            f"progress={progress}: must lie in [0, 1]; 0 never lends a gradient."
         )
     numbers = float(alpha_max), float(eta), float(beta)
-    if most < 1:
-        raise ValueError(f"most={most}: FAB needs at least one move.")
-    return Fab(*numbers, targeted, bool(random_start), float(progress), int(most))
+    forms = bool(random_start), float(progress), bool(reference)
+    return Fab(*numbers, bool(targeted), *forms)
 
 
 def kernel(settings: Fab) -> Attack:
-    """FAB as `init` and `step`; a step evaluates one point of each row.
+    """FAB as `init` and `step`; a step evaluates one new point of each row.
 
     With the boundary linearized at the current point, `d1` the least move there and
     `d0` the same from the clean point (each inside the box, see `nearest_on_plane`),
@@ -131,13 +126,12 @@ def kernel(settings: Fab) -> Attack:
 
     Reference: Croce and Hein, arXiv 1907.02044; repository fra31/auto-attack.
     Differs from the authors' code: there an iteration looks at the new point, and then
-    takes the gradient where it (perhaps) stepped back to: three passes. Here a step
-    takes two, and a point that did not succeed gives its gradient at once. With
-    `progress=0` the points are the authors', at two steps for each success. With 0.99
-    and as many steps as they take iterations it found as much for two thirds of the
-    passes: of 421 images that APGD leaves (fast_mnist_pgd, L2 1.5; 9 targets, 100
-    steps) 228 inside the ball against 225; on five other pairs of net and norm the
-    median size was between 0.4 % below and 3 % above theirs (best target).
+    takes the gradient where it (perhaps) stepped back to: three passes, as here in
+    reference mode. Else a step takes two, and a point that did not succeed gives its
+    gradient at once. With as many steps as they take iterations it found as much for
+    two thirds of the passes: of 421 images that APGD leaves (fast_mnist_pgd, L2 1.5; 9
+    targets, 100 steps) 228 inside the ball against 225; on five other pairs of net and
+    norm the median size was between 0.4 % below and 3 % above theirs (best target).
 
     >>> import jax, jax.numpy as jnp, robustjax as rj
     >>> x, y, target = jnp.full((1, 2), 0.6), jnp.array([0]), jnp.array([1])
@@ -157,30 +151,49 @@ def kernel(settings: Fab) -> Attack:
         delta = jnp.where(jnp.asarray(settings.random_start), away, delta)
         rows = problem.x.shape[:1]
         no, nowhere = jnp.zeros(rows, bool), jnp.full(rows, jnp.inf, problem.x.dtype)
-        none = jnp.zeros(rows, jnp.int32)
-        return FabState(delta, no, jnp.zeros_like(delta), nowhere, none, no)
+        return FabState(delta, no, jnp.zeros_like(delta), nowhere)
+
+    value = _targeted if settings.targeted else _nearest_class
 
     def step(key: Key, state: FabState, problem: Problem) -> tuple[FabState, Info]:
         x_adv = threats.apply(problem.threat, problem.x, state.delta)
-        value = _targeted if settings.targeted else _nearest_class
         score, logits, gap, grad = value(problem, x_adv, key)
         info = inform(problem, state.delta, score, logits)
         wrong = problem.success(logits)
-        closer = wrong & (info.size < state.best_size)
-        best = select(closer, state.delta, state.best)
-        best_size = jnp.where(closer, info.size, state.best_size)
+        best, best_size = _closest(state, state.delta, wrong, info.size)
 
         gains = wrong & ~state.back & (info.size < settings.progress * state.best_size)
         stepped = settings.beta * state.delta
         moved = _move(settings, problem, state.delta, gap, grad, gains, stepped)
         # Stepped back once, a point gives its gradient whether it is a success or not.
         back = wrong & ~state.back & ~gains
-        over = state.moves >= settings.most
-        delta = select(over, state.delta, select(back, stepped, moved))
-        moves = state.moves + jnp.where(back | over, 0, 1)
-        return FabState(delta, back, best, best_size, moves, over), info
+        delta = select(back, stepped, moved)
+        return FabState(delta, back, best, best_size), info
 
-    return Attack(init, step)
+    def iteration(key: Key, state: FabState, problem: Problem) -> tuple[FabState, Info]:
+        key_here, key_there = jax.random.split(key)
+        x_adv = threats.apply(problem.threat, problem.x, state.delta)
+        _, _, gap, grad = value(problem, x_adv, key_here)
+        nobody = jnp.zeros_like(state.back)
+        at = state.delta
+        moved = _move(settings, problem, at, gap, grad, nobody, at)
+        arrived = threats.apply(problem.threat, problem.x, moved)
+        score, logits = problem.score(arrived, key_there)
+        info = inform(problem, moved, score, logits)
+        wrong = problem.success(logits)
+        best, best_size = _closest(state, moved, wrong, info.size)
+        delta = select(wrong, settings.beta * moved, moved)
+        return FabState(delta, nobody, best, best_size), info
+
+    return Attack(init, iteration if settings.reference else step)
+
+
+def _closest(
+    state: FabState, delta: Array, wrong: Array, size: Array
+) -> tuple[Array, Array]:
+    """The smallest misclassified perturbation with `delta`, and its size."""
+    closer = wrong & (size < state.best_size)
+    return select(closer, delta, state.best), jnp.where(closer, size, state.best_size)
 
 
 def _move(
@@ -285,6 +298,7 @@ def fab(
     eta: float = 1.05,
     beta: float = 0.9,
     progress: float = 0.99,
+    reference: bool = False,
 ) -> AttackFn:
     """Fast adaptive boundary attack: the smallest perturbation that it finds.
 
@@ -299,7 +313,7 @@ def fab(
         point, one backward pass a step; else towards the nearest boundary of all
         classes, a backward pass for every class and step.
       num_targets: at most; with fewer classes all of them.
-      alpha_max, eta, beta, progress: see `Fab`.
+      alpha_max, eta, beta, progress, reference: see `Fab`.
 
     Raises:
       ValueError: fewer than one step or restart, or a setting out of its range.
@@ -315,7 +329,9 @@ def fab(
         raise ValueError(f"num_steps={num_steps}: FAB needs at least one step.")
     if num_restarts < 1:
         raise ValueError(f"num_restarts={num_restarts}: FAB needs at least one run.")
-    settings = fab_settings(alpha_max, eta, beta, targeted, progress=progress)
+    settings = fab_settings(
+        alpha_max, eta, beta, targeted, progress=progress, reference=reference
+    )
 
     def one(key: Key, problem: Problem, random_start: Array | bool) -> Result:
         attack = kernel(dataclasses.replace(settings, random_start=random_start))

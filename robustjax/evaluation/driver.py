@@ -49,7 +49,6 @@ class Stage(NamedTuple):
     chunk:     steps between two looks at who has fallen.
     hand_over: the field of the last state that the caller wants back, or None.
     samples:   random draws of the model that each score averages (EOT).
-    ends:      the state has a field `over`: rows that leave before the last step.
     raw:       the perturbation is judged as it is, not clipped into the box: for
                attacks of others, whose mistakes must be seen.
     """
@@ -64,7 +63,6 @@ class Stage(NamedTuple):
     chunk: int = 10
     hand_over: str | None = None
     samples: int = 1
-    ends: bool = False
     raw: bool = False
 
 
@@ -457,12 +455,6 @@ def drive(
                     best = part.carry[1]
                     x_adv[fallen] = fetch(best.x_adv)[: len(leave)][leave]
                     margin[fallen] = fetch(best.won)[: len(leave)][leave]
-        if stage.ends:
-            for part in parts:
-                over = fetch(part.carry[0].over)[: len(part.places)]
-                over = over & ~gone[part.places]
-                record(part, over)
-                gone[part.places[over]] = True
         if gone[alive].any():
             alive = alive[~gone[alive]]
             parts = _packed(driver, parts, gone, len(alive))

@@ -20,10 +20,8 @@ from robustjax.norms import L1
 Suite = Callable[[Board], None]
 
 
-FAB_MOVES = 100
-FAB_PASSES = 300
-"""Of the reference: 100 iterations, each of three passes. Ours ends after as many moves
-or as many passes, whichever comes first."""
+FAB_STEPS = 100
+"""Iterations of FAB, each three passes: two where it stands, one where it arrives."""
 
 
 def apgd_stage(board: Board, name: str, loss: str, num_steps: int, **changes) -> Stage:
@@ -96,38 +94,32 @@ def apgd_t(board: Board, targets: int | None = None) -> None:
 
 
 def fab_t(
-    board: Board, targets: int = 9, moves: int = FAB_MOVES, fraction: float = 1.0
+    board: Board, targets: int = 9, steps: int = FAB_STEPS, fraction: float = 1.0
 ) -> None:
     """Targeted FAB against the 9 best other classes, at the reference's points.
 
-    A row makes the reference's 100 moves, or as many as 300 passes pay: one that
-    succeeds at every move makes 75.
-
     `fraction`: of the survivors, those of smallest margin.
     """
-    settings = fab.fab_settings(targeted=True, progress=0, most=moves)
+    settings = fab.fab_settings(targeted=True, reference=True)
     places = board.bottom(fraction, 12)
     for rank in range(1, min(targets, board.logits.shape[1] - 1) + 1):
-        stage = _fab_stage("fab-t", settings, moves, "difference")
+        stage = _fab_stage("fab-t", settings, steps, "difference")
         here = places[board.alive[places]]
         board.run(stage, here, label=f"fab-t {rank}", target=board.ranked(rank))
 
 
-def _fab_stage(name: str, settings: fab.Fab, moves: int, loss: str) -> Stage:
-    # A step is two passes, and a success takes two steps: the point, and the one
-    # stepped back to.
-    steps = moves * FAB_PASSES // (2 * FAB_MOVES)
-    return Stage(name, fab.kernel, settings, steps, loss, ends=True)
+def _fab_stage(name: str, settings: fab.Fab, steps: int, loss: str) -> Stage:
+    return Stage(name, fab.kernel, settings, steps, loss, forward=2)
 
 
-def fab_untargeted(board: Board, restarts: int = 5, moves: int = FAB_MOVES) -> None:
+def fab_untargeted(board: Board, restarts: int = 5, steps: int = FAB_STEPS) -> None:
     """Untargeted FAB; each step takes a backward pass for every class."""
     classes = board.logits.shape[1]
     for number in range(restarts):
         settings = fab.fab_settings(
-            targeted=False, random_start=number > 0, progress=0, most=moves
+            targeted=False, random_start=number > 0, reference=True
         )
-        stage = _fab_stage("fab", settings, moves, "margin")
+        stage = _fab_stage("fab", settings, steps, "margin")
         board.run(stage._replace(backward=classes), label=f"fab {number}")
 
 
@@ -171,7 +163,7 @@ def standard(board: Board) -> None:
 def standard_passes(logits: np.ndarray, survivors: int) -> int:
     """Forward and backward passes of `standard` on points that nothing breaks."""
     targets = min(9, logits.shape[1] - 1)
-    return survivors * (202 + targets * (202 + FAB_PASSES) + 5000)
+    return survivors * (202 + targets * (202 + 3 * FAB_STEPS) + 5000)
 
 
 def plus(board: Board) -> None:

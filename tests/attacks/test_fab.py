@@ -243,22 +243,52 @@ def plane_move(norm, value, w, low, high):
     return against * np.minimum(above * rate, room)
 
 
+def boundary(norm, net, x, y, target):
+    """Gap and gradient of the target's boundary at x, or of the nearest one."""
+    z, jac = net.logits(x), net.jacobian(x)
+    other = target
+    if other is None:
+        far = np.array([
+            np.inf if k == y else abs(z[k] - z[y])
+            / np.linalg.norm(jac[:, k] - jac[:, y], DUALS[norm])
+            for k in range(len(z))
+        ])  # fmt: skip
+        other = far.argmin()
+    return z[other] - z[y], jac[:, other] - jac[:, y]
+
+
+def moved_from(norm, x, delta, start, gap, w):
+    """From `start`, by the boundary as linearized at `delta`."""
+    here = plane_move(norm, gap + w @ (start - delta), w, -x - start, 1 - x - start)
+    there = plane_move(norm, gap - w @ delta, w, -x, 1 - x)
+    near, far = (np.linalg.norm(d, SIZES[norm]) for d in (here, there))
+    a = min(max(near, 1e-8) / (max(near, 1e-8) + max(far, 1e-8)), 0.1)
+    moved = (1 - a) * (start + 1.05 * here) + a * 1.05 * there
+    return np.clip(x + moved, 0, 1) - x
+
+
+def iterated(norm, net, x, y, target, num_steps, progress):
+    """The points where the authors' iterations arrive."""
+    del progress
+    delta, best, points = np.zeros_like(x), np.inf, []
+    for _ in range(num_steps):
+        gap, w = boundary(norm, net, x + delta, y, target)
+        delta = moved_from(norm, x, delta, delta, gap, w)
+        points.append(delta)
+        if net.logits(x + delta).argmax() != y:
+            best = min(best, np.linalg.norm(delta, SIZES[norm]))
+            delta = 0.9 * delta
+    return np.array(points), best
+
+
 def transcribed(norm, net, x, y, target, num_steps, progress):
     """The points that FAB evaluates for one example, by the paper's formulas."""
     delta, best, stepped_back, points = np.zeros_like(x), np.inf, False, []
     for _ in range(num_steps):
         points.append(delta)
-        z, jac = net.logits(x + delta), net.jacobian(x + delta)
-        other = target
-        if other is None:
-            far = np.array([
-                np.inf if k == y else abs(z[k] - z[y])
-                / np.linalg.norm(jac[:, k] - jac[:, y], DUALS[norm])
-                for k in range(len(z))
-            ])  # fmt: skip
-            other = far.argmin()
-        gap, w = z[other] - z[y], jac[:, other] - jac[:, y]
-        size, wrong = np.linalg.norm(delta, SIZES[norm]), z.argmax() != y
+        gap, w = boundary(norm, net, x + delta, y, target)
+        size = np.linalg.norm(delta, SIZES[norm])
+        wrong = net.logits(x + delta).argmax() != y
         much = size < progress * best if progress else False
         best = min(best, size) if wrong else best
         if wrong and not stepped_back and not much:
@@ -266,19 +296,14 @@ def transcribed(norm, net, x, y, target, num_steps, progress):
             continue
         start = 0.9 * delta if wrong and not stepped_back else delta
         stepped_back = False
-        here = plane_move(norm, gap + w @ (start - delta), w, -x - start, 1 - x - start)
-        there = plane_move(norm, gap - w @ delta, w, -x, 1 - x)
-        near, far = (np.linalg.norm(d, SIZES[norm]) for d in (here, there))
-        a = min(max(near, 1e-8) / (max(near, 1e-8) + max(far, 1e-8)), 0.1)
-        moved = (1 - a) * (start + 1.05 * here) + a * 1.05 * there
-        delta = np.clip(x + moved, 0, 1) - x
+        delta = moved_from(norm, x, delta, start, gap, w)
     return np.array(points), best
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("targeted", [True, False])
-@pytest.mark.parametrize("progress", [0.0, 0.99])
-def test_the_points_are_those_of_a_transcription(norm, targeted, progress):
+@pytest.mark.parametrize("form", [0.0, 0.99, "reference"])
+def test_the_points_are_those_of_a_transcription(norm, targeted, form):
     rng = np.random.default_rng(3)
     net = Net(rng.normal(size=(5, 8)), rng.normal(size=8), rng.normal(size=(8, 4)))
     x = rng.uniform(size=(6, 5))
@@ -293,7 +318,11 @@ def test_the_points_are_those_of_a_transcription(norm, targeted, progress):
         rj.threat(norm, np.inf),
         loss,
     )
-    attack = fab.kernel(fab.fab_settings(targeted=targeted, progress=progress))
+    reference = form == "reference"
+    progress = 0.99 if reference else form
+    attack = fab.kernel(
+        fab.fab_settings(targeted=targeted, progress=progress, reference=reference)
+    )
 
     @jax.jit
     def go(key):
@@ -306,7 +335,8 @@ def test_the_points_are_those_of_a_transcription(norm, targeted, progress):
     state, points = go(jax.random.key(0))
     for i in range(len(x)):
         aim = target[i] if targeted else None
-        wanted, best = transcribed(norm, net, x[i], y[i], aim, STEPS, progress)
+        expect = iterated if reference else transcribed
+        wanted, best = expect(norm, net, x[i], y[i], aim, STEPS, progress)
         np.testing.assert_allclose(points[:, i], wanted, atol=1e-4)
         np.testing.assert_allclose(state.best_size[i], best, rtol=1e-3)
     assert np.isfinite(state.best_size).sum() >= 4  # both kinds of step were taken
