@@ -1,23 +1,19 @@
 """What a training method is: a value that turns a batch into gradients.
 
 A method is a pair of pure functions, so a new one is a file that returns a `Method`
-and a wrapper (weight perturbation, gradient accumulation) is a function from `Method`
-to `Method`. The one train step is `robustjax.training.step.make_train_step`.
+and a wrapper (weight perturbation, a second stream) is a function from `Method` to
+`Method`. The one train step is `robustjax.training.step.make_train_step`.
 """
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from robustjax.attacks.base import AttackFn, check_attack_fn
 from robustjax.losses import cross_entropy, soft_cross_entropy
 from robustjax.metrics import Mean, mean_of, value
-from robustjax.models.base import Model, logits_fn, require_model
-from robustjax.problems import maximize, predictions
-from robustjax.threats import ThreatModel, too_wide
+from robustjax.models.base import Model
 from robustjax.types import Array, Batch, Key, LossFn, PyTree
 
 BnMode = Literal["eval", "batch"]
@@ -40,17 +36,33 @@ Loss = Callable[[PyTree, PyTree, PyTree, Batch, Array, Key], tuple[Array, Aux]]
 """`(params, extra, carry, batch, step, key) -> (scalar, Aux)`"""
 
 
+class Stages(NamedTuple):
+    """A method's two halves: what it makes of a batch, and the loss on that.
+
+    attack: `(params, extra, carry, batch, step, key) -> examples`, any pytree; no
+            gradient flows through it.
+    loss:   `(params, extra, carry, batch, examples, step, key) -> (scalar, Aux)`.
+
+    Who wraps a method can take the loss at other weights without attacking again.
+    """
+
+    attack: Callable[..., PyTree]
+    loss: Callable[..., tuple[Array, Aux]]
+
+
 class Method(NamedTuple):
     """A training method.
 
     init:    `(params, batch) -> carry`; the batch tells shapes only.
     grads:   `(params, extra, carry, batch, step, key) -> (grads, Aux)`, pure.
     repeats: how many updates are made on every batch (Free-AT's m).
+    stages:  the halves that `grads` consists of, or None where it has none.
     """
 
     init: Callable[[PyTree, Batch], PyTree]
     grads: Callable[..., tuple[PyTree, Aux]]
     repeats: int = 1
+    stages: Stages | None = None
 
 
 def no_carry(params: PyTree, batch: Batch) -> tuple[()]:
@@ -74,6 +86,41 @@ def from_loss(loss: Loss, init: Callable[[PyTree, Batch], PyTree] = no_carry) ->
     6.0
     """
     return Method(init, jax.grad(loss, has_aux=True))
+
+
+def from_stages(
+    stages: Stages, init: Callable[[PyTree, Batch], PyTree] = no_carry
+) -> Method:
+    """The method that attacks, then follows the gradient of the loss on the result.
+
+    The first half of the key goes to the attack, the second to the loss.
+
+    Args:
+      stages: attack and loss.
+      init: `(params, batch) -> carry`.
+
+    Returns:
+      A `Method` that shows its stages.
+
+    >>> loss = lambda p, extra, carry, b, seen, step, key: (p * seen, Aux(extra, 0, {}))
+    >>> method = from_stages(Stages(lambda p, *rest: 3.0 * p, loss))
+    >>> float(method.grads(2.0, {}, (), None, 0, jax.random.key(0))[0])
+    6.0
+    """
+    return Method(init, jax.grad(joined(stages), has_aux=True), stages=stages)
+
+
+def joined(stages: Stages) -> Loss:
+    """Attack and loss as one loss; no gradient flows through the attack."""
+
+    def loss(params, extra, carry, batch, step, key):
+        attack_key, loss_key = jax.random.split(key)
+        frozen = jax.lax.stop_gradient((params, extra, carry))
+        examples = stages.attack(*frozen, batch, step, attack_key)
+        examples = jax.lax.stop_gradient(examples)
+        return stages.loss(params, extra, carry, batch, examples, step, loss_key)
+
+    return loss
 
 
 def label_loss(logits: Array, y: Array) -> Array:
@@ -117,90 +164,85 @@ def batch_loss(
       outer: `(logits, y) -> [B]`.
 
     Returns:
-      The mean loss and the metrics `loss` and `accuracy` (soft labels: the fraction
-      whose prediction is the most probable label). NaN or infinite logits make the loss
-      NaN: an attack must bear a broken model, training must stop.
+      The mean loss and the metrics `loss` and `accuracy`; see `total_loss`.
     """
-    values = outer(logits, batch.y)
-    broken = (jnp.isnan(logits) | (logits == jnp.inf)).any(-1)
-    values = jnp.where(broken, jnp.nan, values)
+    return total_loss(outer(logits, batch.y), batch, {"accuracy": logits})
+
+
+def total_loss(
+    values: Array, batch: Batch, logits: Mapping[str, Array]
+) -> tuple[Array, dict[str, Mean]]:
+    """The mean of losses `[B]`, and an accuracy for each pass through the model.
+
+    Args:
+      values: `[B]` losses, one per example.
+      batch: for labels and mask; masked rows never count.
+      logits: the metric's name -> `[B, K]`, of every pass that the losses came from.
+
+    Returns:
+      The mean loss and the metrics: `loss`, and for each name the fraction whose
+      prediction is the (soft labels: most probable) label. NaN or infinite logits make
+      the loss NaN: an attack must bear a broken model, training must stop.
+    """
+    labels = hard_labels(batch.y)
+    metrics = {}
+    for name, z in logits.items():
+        values = jnp.where(broken(z), jnp.nan, values)
+        metrics[name] = mean_of(jnp.argmax(z, -1) == labels, batch.mask)
     loss = mean_of(values, batch.mask)
-    correct = mean_of(jnp.argmax(logits, -1) == hard_labels(batch.y), batch.mask)
-    return value(loss), {"loss": loss, "accuracy": correct}
+    return value(loss), {"loss": loss, **metrics}
+
+
+def broken(logits: Array) -> Array:
+    """`[B]` bool: a logit is NaN or `+inf`."""
+    return (jnp.isnan(logits) | (logits == jnp.inf)).any(-1)
+
+
+def branches(
+    model: Model,
+    params: PyTree,
+    extra: PyTree,
+    inputs: Mapping[str, Array],
+    moved_by: Sequence[str],
+    key: Key,
+) -> tuple[dict[str, Array], PyTree]:
+    """Several passes in train mode, each with the statistics of its own batch.
+
+    Args:
+      model, params, extra: the model and its state.
+      inputs: the branch's name -> `[B, ...]`.
+      moved_by: which branches move the running statistics, in which order; a name may
+        stand there twice, as authors' code has it (the compiler merges equal passes).
+      key: split over the branches.
+
+    Returns:
+      The logits of every branch, and the statistics after `moved_by`.
+    """
+    keys = dict(zip(inputs, jax.random.split(key, len(inputs)), strict=True))
+    logits = {}
+    for name in [*moved_by, *(n for n in inputs if n not in moved_by)]:
+        logits[name], moved = model.apply(
+            params, extra, inputs[name], train=True, key=keys[name]
+        )
+        extra = moved if name in moved_by else extra
+    return logits, extra
+
+
+def check_branches(moved_by: Sequence[str], names: Sequence[str]) -> None:
+    """Raise ValueError where `moved_by` names a branch that there is not.
+
+    >>> check_branches(("clean",), ("natural", "adversarial"))
+    Traceback (most recent call last):
+    ...
+    ValueError: moved_by names 'clean'; the branches are natural, adversarial.
+    """
+    for name in moved_by:
+        if name not in names:
+            raise ValueError(
+                f"moved_by names {name!r}; the branches are {', '.join(names)}."
+            )
 
 
 def hard_labels(y: Array) -> Array:
     """Labels `[B]` int32: `y` itself, or the most probable of `[B, K]`."""
     return y if y.ndim == 1 else jnp.argmax(y, -1).astype(jnp.int32)
-
-
-def minimax_loss(
-    model: Model,
-    attack_fn: AttackFn,
-    threat: ThreatModel,
-    *,
-    bn_mode: BnMode = "eval",
-    inner: LossFn = label_loss,
-    outer: LossFn = label_loss,
-) -> Loss:
-    """The loss of adversarial training: attack the batch, then learn from the result.
-
-    `mean outer(model(x_adv), y)`, `x_adv = attack_fn` maximizing `inner` in `threat`.
-    No gradient flows through the attack, which sees frozen weights.
-
-    Args:
-      model: the model that is trained.
-      attack_fn: `(key, problem) -> Result`. Build it with `keep=last`: then the
-        evaluation of the final iterate is dead code and costs nothing.
-      threat: norm, epsilon and box.
-      bn_mode: how BatchNorm runs *inside the attack*: "eval" (running statistics) or
-        "batch" (the batch's own). The attack never changes the running statistics;
-        the one forward pass at `x_adv` does.
-      inner: what the attack raises, `(logits, y) -> [B]`; y is the batch's.
-      outer: what the weights lower, `(logits, y) -> [B]`: see `smoothed`.
-
-    Returns:
-      A loss for `from_loss`, with metrics `loss` and `accuracy`, both at `x_adv`.
-
-    Raises:
-      TypeError: no model, threat model or attack where one is due.
-      ValueError: bn_mode is neither "eval" nor "batch".
-
-    Reference: Madry et al. 2018, Towards Deep Learning Models Resistant to Adversarial
-    Attacks, arXiv:1706.06083.
-    """
-    require_model(model)
-    check_attack_fn(attack_fn)
-    if not isinstance(threat, ThreatModel):
-        raise TypeError(
-            f'threat is {threat!r}, no ThreatModel: give one such as linf("8/255").'
-        )
-    if (message := too_wide(threat)) is not None:
-        warnings.warn(message, UserWarning, stacklevel=3)
-    if bn_mode not in ("eval", "batch"):
-        raise ValueError(
-            f'bn_mode is {bn_mode!r}; give "eval" (the attack sees the running '
-            'statistics) or "batch" (it sees the statistics of the batch).'
-        )
-
-    def loss(params, extra, carry, batch, step, key):
-        attack_key, train_key = jax.random.split(key)
-        frozen = logits_fn(
-            model, *jax.lax.stop_gradient((params, extra)), train=bn_mode == "batch"
-        )
-        labels = hard_labels(batch.y)
-        problem = maximize(
-            frozen,
-            batch.x,
-            threat,
-            lambda logits: inner(logits, batch.y),
-            lambda logits: predictions(logits) != labels,
-            index=batch.index,
-            y=labels,
-        )
-        x_adv = jax.lax.stop_gradient(attack_fn(attack_key, problem).x_adv)
-        logits, extra = model.apply(params, extra, x_adv, train=True, key=train_key)
-        total, metrics = batch_loss(logits, batch, outer)
-        return total, Aux(extra, carry, metrics)
-
-    return loss

@@ -5,10 +5,10 @@ from robustjax.attacks.pgd import pgd
 from robustjax.methods.base import (
     BnMode,
     Method,
-    from_loss,
+    from_stages,
     label_loss,
-    minimax_loss,
 )
+from robustjax.methods.minimax import minimax_stages
 from robustjax.models.base import Model
 from robustjax.threats import ThreatModel
 from robustjax.types import LossFn
@@ -47,8 +47,8 @@ def madry(
     """
     if attack_fn is None:
         attack_fn = cifar_code()
-    return from_loss(
-        minimax_loss(
+    return from_stages(
+        minimax_stages(
             model, attack_fn, threat, bn_mode=bn_mode, inner=inner, outer=outer
         )
     )

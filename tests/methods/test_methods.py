@@ -23,10 +23,10 @@ from robustjax.methods.base import (
     batch_loss,
     from_loss,
     label_loss,
-    minimax_loss,
     smoothed,
 )
 from robustjax.methods.madry import cifar_code, cifar_paper, madry, mnist, one_step
+from robustjax.methods.minimax import minimax_loss
 from robustjax.methods.standard import standard
 from robustjax.metrics import value
 from robustjax.models.base import Model, from_linen, logits_fn
