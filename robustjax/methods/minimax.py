@@ -21,9 +21,9 @@ from robustjax.methods.base import (
     label_loss,
 )
 from robustjax.models.base import Model, logits_fn, require_model
-from robustjax.problems import example_keys, maximize, predictions
+from robustjax.problems import Problem, example_keys, maximize, predictions
 from robustjax.threats import ThreatModel, too_wide
-from robustjax.types import Array, Batch, Key, LogitsFn, LossFn
+from robustjax.types import Array, Batch, Key, LogitsFn, LossFn, PyTree
 
 
 def check_inner(
@@ -59,6 +59,40 @@ def raise_loss(inner: LossFn = label_loss) -> Raise:
     return lambda frozen, batch, key: lambda logits: inner(logits, batch.y)
 
 
+def inner_problem(
+    model: Model,
+    threat: ThreatModel,
+    raised: Raise,
+    bn_mode: BnMode = "eval",
+    start_noise: float | None = None,
+) -> Callable[[PyTree, PyTree, Batch, Key], Problem]:
+    """`(params, extra, batch, key) -> Problem`: what an inner attack maximizes.
+
+    Success is a prediction other than the (most probable) label. See `inner_attack`.
+    """
+
+    def problem_of(params: PyTree, extra: PyTree, batch: Batch, key: Key) -> Problem:
+        frozen = logits_fn(model, params, extra, train=bn_mode == "batch")
+        labels = hard_labels(batch.y)
+        problem = maximize(
+            frozen,
+            batch.x,
+            threat,
+            raised(frozen, batch, jax.random.fold_in(key, 1)),
+            lambda logits: predictions(logits) != labels,
+            index=batch.index,
+            y=labels,
+        )
+        if start_noise is None:
+            return problem
+        keys = example_keys(jax.random.fold_in(key, 2), problem.index)
+        noise = jax.vmap(lambda k, x: jax.random.normal(k, x.shape, x.dtype))
+        start = problem.x + start_noise * noise(keys, problem.x)
+        return problem._replace(start=start)
+
+    return problem_of
+
+
 def inner_attack(
     model: Model,
     attack_fn: AttackFn,
@@ -79,26 +113,10 @@ def inner_attack(
       `(params, extra, carry, batch, step, key) -> x_adv [B, ...]`.
     """
     check_inner(model, attack_fn, threat, bn_mode)
+    problem_of = inner_problem(model, threat, raised, bn_mode, start_noise)
 
     def attack(params, extra, carry, batch, step, key):
-        frozen = logits_fn(model, params, extra, train=bn_mode == "batch")
-        labels = hard_labels(batch.y)
-        problem = maximize(
-            frozen,
-            batch.x,
-            threat,
-            raised(frozen, batch, jax.random.fold_in(key, 1)),
-            lambda logits: predictions(logits) != labels,
-            index=batch.index,
-            y=labels,
-        )
-        if start_noise is not None:
-            keys = example_keys(jax.random.fold_in(key, 2), problem.index)
-            noise = jax.vmap(lambda k, x: jax.random.normal(k, x.shape, x.dtype))
-            problem = problem._replace(
-                start=problem.x + start_noise * noise(keys, problem.x)
-            )
-        return attack_fn(key, problem).x_adv
+        return attack_fn(key, problem_of(params, extra, batch, key)).x_adv
 
     return attack
 
