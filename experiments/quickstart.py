@@ -27,8 +27,7 @@ import numpy as np
 
 import robustjax as rj
 from experiments import common
-from robustjax import data, models
-from robustjax.evaluation import plots
+from robustjax import data, models, plots
 from robustjax.methods.base import Method
 from robustjax.methods.madry import madry
 from robustjax.methods.standard import standard

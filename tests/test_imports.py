@@ -18,7 +18,7 @@ FLOORS = [
     {"problems", "gradients"},
     {"attacks"},
     {"models", "data", "methods", "evaluation"}
-    | {"metrics", "logging", "parallel", "testing"},
+    | {"metrics", "logging", "parallel", "plots", "testing"},
     {"training"},
     {"experiments"},
 ]
@@ -29,6 +29,7 @@ NEIGHBORS = {
     "models": set(),
     "metrics": set(),
     "parallel": set(),
+    "plots": set(),
     "logging": {"metrics", "parallel"},
     "data": {"parallel"},
     "methods": {"models.base", "metrics"},

@@ -11,7 +11,7 @@ import pytest
 
 import robustjax as rj
 from experiments import common, evaluate, madry_cifar, madry_mnist, quickstart
-from robustjax.evaluation import plots
+from robustjax import plots
 
 EXPERIMENTS = [
     (quickstart, quickstart.Config()),

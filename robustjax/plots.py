@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: accuracy against epsilon, and what the attacks did.
+"""Pictures: accuracy against epsilon, and what the attacks did.
 
 Matplotlib is imported by the functions that draw; no window and no global state.
 """
