@@ -17,7 +17,7 @@ FLOORS = [
     {"threats", "losses"},
     {"problems", "gradients"},
     {"attacks"},
-    {"models", "data", "methods", "evaluation"}
+    {"models", "data", "methods", "evaluation", "certify"}
     | {"metrics", "logging", "parallel", "plots", "testing"},
     {"training"},
     {"experiments"},
@@ -35,6 +35,7 @@ NEIGHBORS = {
     "methods": {"models.base", "metrics"},
     "evaluation": {"models.base", "models.canonical", "data", "metrics"}
     | {"logging", "parallel"},
+    "certify": {"evaluation", "plots"},
     "testing": FLOORS[5],
 }
 # Third-party packages and names that one room only may know.
