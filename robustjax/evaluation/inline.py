@@ -1,7 +1,8 @@
 """Pictures inside a page: SVG charts and PNG data URIs, in plain text.
 
-`robustjax.plots` draws figures for papers with matplotlib; here a chart takes its colors
-from the page (light or dark) and a report is written without importing matplotlib.
+`robustjax.plots` draws figures for papers with matplotlib; here a chart takes its
+colors from the page (light or dark) and a report is written without importing
+matplotlib.
 """
 
 import base64
