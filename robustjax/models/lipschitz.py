@@ -153,7 +153,7 @@ def lipschitz_net(
         A model on `[B, H, W, C]` without `extra`.
 
     Reference: Prach & Lampert, arXiv:2208.03160; MaxMin: Anil et al., arXiv:1811.05381.
-    Differs from the authors' code: a small net for 8 x 8 digits, written from the paper's
+    Differs from the authors' code: a small net for 8 x 8 digits, after the paper's
     formulas.
 
     >>> import jax
