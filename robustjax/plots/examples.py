@@ -1,32 +1,16 @@
-"""Pictures: accuracy against epsilon, and what the attacks did.
+"""Images: what the attacks did to them, and grids of images and perturbations."""
 
-Matplotlib is imported by the functions that draw; no window and no global state.
-"""
-
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from robustjax.plots.base import INK, RIGHT, WRONG, new_figure, signed_map
+from robustjax.plots.lines import Curve, draw_curves
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
-
-# Blue and orange of Okabe and Ito first: told apart by everybody.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-INK, WRONG, RIGHT = "#333333", "#C0392B", "#1E8449"
-
-
-class Curve(NamedTuple):
-    """Accuracy against epsilon.
-
-    epsilon:  `[E]`, rising.
-    accuracy: `[E]`, in [0, 1].
-    """
-
-    epsilon: Sequence[float]
-    accuracy: Sequence[float]
 
 
 class Attacked(NamedTuple):
@@ -46,57 +30,6 @@ class Attacked(NamedTuple):
     title: str
 
 
-def new_figure(width: float, height: float) -> "Figure":
-    """An empty white figure in inches; `figure.savefig(path)` writes it."""
-    from matplotlib.figure import Figure
-
-    return Figure((width, height), dpi=110, facecolor="white", layout="constrained")
-
-
-def draw_curves(
-    curves: Mapping[str, Mapping[str, Curve]],
-    marked: Mapping[str, float] | None = None,
-    figure: "Figure | SubFigure | None" = None,
-    *,
-    attack: str = "attack",
-) -> "Figure | SubFigure":
-    """Accuracy against epsilon: a panel per threat, a line per net.
-
-    Args:
-      curves: panel -> net -> `Curve`.
-      marked: panel -> the epsilon that is marked by a dotted line.
-      figure: to draw into; None: a new one.
-      attack: what the accuracy was measured under, for the label.
-
-    Returns:
-      The figure; `save` writes it.
-    """
-    if figure is None:
-        figure = new_figure(3 * len(curves), 3)
-    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
-    for axes, (panel, nets) in zip(panels, curves.items(), strict=True):
-        if marked and panel in marked:
-            axes.axvline(marked[panel], color="#999999", linestyle=":", linewidth=1)
-        for color, (net, curve) in zip(COLORS, nets.items(), strict=False):
-            axes.plot(
-                curve.epsilon,
-                curve.accuracy,
-                color=color,
-                linewidth=2,
-                marker="o",
-                markersize=4,
-                label=net,
-                clip_on=False,
-            )
-        axes.set(xlim=(0, None), ylim=(0, 1), xlabel=f"{panel} budget epsilon")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#E5E5E5", linewidth=0.8)
-        axes.set_axisbelow(True)
-    panels[0].set_ylabel(f"accuracy under {attack}")
-    panels[0].legend(frameon=False, loc="lower left", title="trained")
-    return figure
-
-
 def draw_examples(
     examples: Sequence[Attacked], figure: "Figure | SubFigure | None" = None
 ) -> "Figure | SubFigure":
@@ -113,6 +46,11 @@ def draw_examples(
 
     Returns:
       The figure; `save` writes it.
+
+    >>> x = np.full((4, 4, 1), 0.5)
+    >>> one = Attacked(x, "cat", {"net": x + 0.1}, {"net": "dog"}, "Linf 0.1")
+    >>> [axes.get_xlabel() for axes in draw_examples([one]).axes]
+    ['cat', '', 'dog']
     """
     nets = list(examples[0].x_adv)
     if figure is None:
@@ -166,7 +104,7 @@ def draw_examples(
     return figure
 
 
-def _show(axes, image: np.ndarray) -> None:
+def _show(axes: "Axes", image: np.ndarray) -> None:
     image = np.clip(np.asarray(image, np.float32), 0, 1)
     if image.shape[-1] == 1:
         image = np.repeat(image, 3, axis=-1)
@@ -181,7 +119,13 @@ def draw_both(
     *,
     attack: str = "attack",
 ) -> "Figure":
-    """`draw_curves` above `draw_examples`, in one figure."""
+    """`draw_curves` above `draw_examples`, in one figure.
+
+    >>> x = np.full((4, 4, 1), 0.5)
+    >>> one = Attacked(x, "cat", {"net": x + 0.1}, {"net": "dog"}, "Linf 0.1")
+    >>> len(draw_both({"Linf": {"net": Curve([0.0, 0.1], [1.0, 0.4])}}, [one]).axes)
+    4
+    """
     figure = new_figure(9, 8.2)
     parts = figure.subfigures(2, 1, height_ratios=(3, 5.2), squeeze=False)
     top, bottom = np.ravel(parts)
@@ -190,7 +134,75 @@ def draw_both(
     return figure
 
 
-def save(figure: "Figure | SubFigure", path: str | os.PathLike[str]) -> None:
-    """Write the figure as PNG, in a folder that is made where it is missing."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.figure.savefig(path, format="png")  # a part of a figure: all of it
+def draw_images(
+    rows: Mapping[str, Sequence[np.ndarray]],
+    columns: Sequence[str] = (),
+    figure: "Figure | SubFigure | None" = None,
+    *,
+    signed: Collection[str] = (),
+    shared: bool = False,
+    captions: Mapping[str, Sequence[str]] | None = None,
+) -> "Figure | SubFigure":
+    """A grid of images; signed rows (perturbations, gradients) around gray for zero.
+
+    A signed value v is drawn as v / max|v|. One channel: in the map `SIGNED`, dark blue
+    below zero, light orange above. Three channels: as the color 0.5 + 0.5 v.
+
+    Args:
+      rows: name -> images `[H, W]`, `[H, W, 1]` or `[H, W, 3]`, equally many in all;
+        sizes may differ. Unsigned ones lie in [0, 1].
+      columns: names above the first row.
+      figure: to draw into; None: a new one.
+      signed: the names of the signed rows.
+      shared: one max|v| for a signed row, so that lengths compare; False: one for
+        each image, so that small ones show their pattern.
+      captions: row -> a text below each of its images.
+
+    Returns:
+      The figure; `save` writes it.
+
+    Raises:
+      ValueError: rows of different lengths, or a name in `signed` or `captions` that is
+        no row.
+
+    >>> x = np.eye(4)
+    >>> figure = draw_images({"image": [x], "gradient": [x - 0.5]}, signed=["gradient"])
+    >>> figure.axes[1].get_images()[0].get_clim()
+    (-1.0, 1.0)
+    """
+    captions = captions or {}
+    width = len(next(iter(rows.values()), ()))
+    for name in (*signed, *captions):
+        if name not in rows:
+            raise ValueError(f"{name!r} is no row; the rows are {', '.join(rows)}.")
+    for name, images in rows.items():
+        if len(images) != width:
+            raise ValueError(
+                f"row {name!r} has {len(images)} images, the first {width}."
+            )
+    if figure is None:
+        figure = new_figure(1.3 + width, 0.4 + 1.12 * len(rows))
+    panels = figure.subplots(len(rows), width, squeeze=False)
+    for line, (name, images) in zip(panels, rows.items(), strict=True):
+        largest = [float(np.abs(image).max()) for image in images]
+        for i, (axes, image) in enumerate(zip(line, images, strict=True)):
+            image = np.asarray(image, np.float32)
+            image = image[..., None] if image.ndim == 2 else image
+            if name not in signed:
+                _show(axes, image)
+            else:
+                image = image / ((max(largest) if shared else largest[i]) or 1.0)
+                if image.shape[-1] == 1:
+                    limits = {"vmin": -1.0, "vmax": 1.0}
+                    axes.imshow(image[..., 0], cmap=signed_map(), **limits)
+                    axes.set(xticks=[], yticks=[])
+                else:
+                    _show(axes, 0.5 + 0.5 * image)
+            if name in captions:
+                axes.set_xlabel(captions[name][i], color=INK, labelpad=2, fontsize=9)
+        line[0].set_ylabel(
+            name, rotation=0, ha="right", va="center", color=INK, labelpad=6
+        )
+    for axes, name in zip(panels[0], columns, strict=False):
+        axes.set_title(name, color=INK, fontsize=10)
+    return figure
