@@ -32,6 +32,7 @@ from robustjax.methods.madry import madry
 from robustjax.methods.standard import standard
 from robustjax.models.lipschitz import lipschitz_net
 
+TRAINING = ("seed", "dataset", "net", "train_l2", "radius", "num_epochs")
 LITERATURE = 36 / 255  # the radius at which 1-Lipschitz nets are compared on CIFAR-10
 
 
@@ -119,7 +120,7 @@ def main(config: Config) -> dict[str, Any]:
     for name, (model, method) in recipes.items():
         f, _ = ideas.train(
             *(config.out, name, model, method, splits.train),
-            common.training_part(config),
+            {name: getattr(config, name) for name in TRAINING},
             num_epochs=config.num_epochs,
             seed=config.seed,
         )
@@ -220,10 +221,11 @@ def draw(brackets: dict[str, Bracket], lists: dict[str, dict[str, np.ndarray]]):
         below.plot(grid, middle, "--", color=plots.INK, label="certified, local L")
         below.set(xlim=(0, grid[-1]), ylim=(0, 1), xlabel="L2 budget epsilon")
         radii = [np.median(these[k]) for k in ("certified", "certified_locally")]
-        text = "median radius: {:.2g} (global L)\n{:.2g} (local L), {:.2g} attacked"
+        text = (
+            "medians: certified {:.2g} (global L),\n{:.2g} (local L); attacked {:.2g}"
+        )
         text = text.format(*radii, np.median(found.found))
-        place = {"transform": below.transAxes, "ha": "right", "va": "top"}
-        below.text(0.98, 0.5, text, fontsize=8, **place)
+        below.set_title(text, fontsize=8)
         for each in (axes, below):
             each.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set_ylabel("margin m")

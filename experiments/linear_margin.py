@@ -86,7 +86,7 @@ def main(config: Config) -> dict[str, Any]:
         model,
         standard(model),
         splits.train,
-        common.training_part(config),
+        {"seed": config.seed, "dataset": config.dataset},
         num_epochs=config.num_epochs,
         seed=config.seed,
     )

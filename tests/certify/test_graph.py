@@ -12,6 +12,8 @@ from robustjax import models
 from robustjax.certify.evaluate import logits, rounding
 from robustjax.certify.lipschitz import lipschitz, slope, steepest_gradient
 from robustjax.certify.local import local_constants, local_radius
+from robustjax.certify.operator_norms import operator_norm
+from robustjax.certify.operators import dense
 from robustjax.certify.radius import all_constants, certified_radius
 from robustjax.certify.trace import trace
 from robustjax.models.importers.layers import from_layers
@@ -217,3 +219,34 @@ def test_slopes_of_curves():
 def test_what_is_not_known_is_refused(f, complaint):
     with pytest.raises(ValueError, match=complaint):
         trace(f, np.zeros((1, 3)))
+
+
+FORMS = {
+    "grouped": (4, {"feature_group_count": 2}),
+    "dilated kernel": (2, {"rhs_dilation": (2, 1)}),
+    "transposed": (2, {"lhs_dilation": (2, 2)}),
+    "strided, cropped": (2, {"window_strides": (2, 1), "padding": ((-1, 1), (2, 0))}),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("order", ["NHWC", "NCHW"])
+def test_every_form_of_a_convolution_is_read_rightly(name, order):
+    channels, change = FORMS[name]
+    arguments = {"window_strides": (1, 1), "padding": ((1, 1), (0, 2)), **change}
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(3, 2, 2, 4)).astype(np.float32)
+    shape = (5, 6, channels) if order == "NHWC" else (channels, 5, 6)
+    x = rng.normal(size=(3, *shape)).astype(np.float32)
+
+    def f(x):
+        out = jax.lax.conv_general_dilated(
+            x, kernel, dimension_numbers=(order, "HWIO", order), **arguments
+        )
+        return out.reshape(x.shape[0], -1)
+
+    graph = trace(f, x)
+    np.testing.assert_allclose(logits(graph, x), f(x), rtol=1e-4, atol=1e-5)
+    chain = graph.logits.terms[0][1]
+    exact = np.linalg.svd(dense(chain), compute_uv=False)[0]
+    assert exact <= operator_norm(chain, "L2") <= 1.01 * exact
