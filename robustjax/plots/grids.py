@@ -75,10 +75,12 @@ def draw_matrix(
         for (row, column), cell in np.ndenumerate(value):
             if np.isfinite(cell):
                 ground = image.to_rgba(np.array([[cell]]))[0, 0, :3]
-                ink = "white" if lightness(ground) < 0.45 else "black"
+                ink = "white" if lightness(ground) < 0.5 else "black"
                 text = {"ha": "center", "va": "center", "fontsize": 9, "color": ink}
                 axes.text(column, row, format(cell, form), **text)
-        axes.set_xticks(range(shape[1]), columns, rotation=40, ha="right")
+        axes.set_xticks(range(shape[1]), columns)
+        if max(map(len, columns)) > 5:
+            axes.set_xticks(range(shape[1]), columns, rotation=40, ha="right")
         axes.set_yticks(range(shape[0]), rows)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -135,11 +137,14 @@ def draw_surface(
     low, high = (values.min(), values.max()) if limits is None else limits
     high = high if high > low else low + 1.0  # a constant has no level
     levels = np.linspace(low, high, 15)
-    filled = axes.contourf(a, b, values, levels, cmap=MAP, extend="both")
+    beyond = "neither" if limits is None else "both"
+    filled = axes.contourf(a, b, values, levels, cmap=MAP, extend=beyond)
     if values.max() > values.min():
         inside = levels[1:-1:2]
         inside = inside[(inside > values.min()) & (inside < values.max())]
-        lines = axes.contour(a, b, values, inside, colors="white", linewidths=0.7)
+        grounds = filled.to_rgba(inside)[:, :3]
+        ink = ["white" if lightness(c) < 0.5 else "black" for c in grounds]
+        lines = axes.contour(a, b, values, inside, colors=ink, linewidths=0.7)
         axes.clabel(lines, fontsize=7, fmt="%.2g")
     axes.plot([0], [0], "o", color="white", markeredgecolor="black", markersize=6)
     axes.set(xlabel=x, ylabel=y)

@@ -8,6 +8,7 @@ import numpy as np
 from robustjax.plots.base import COLORS, INK, new_figure, style, tidy
 
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure, SubFigure
 
 
@@ -135,14 +136,26 @@ def draw_lines(
             )
     if log_x:
         axes.set_xscale("log")
+        _plain_ticks(axes.xaxis, axes.get_xlim())
     if log_y:
         axes.set_yscale("log")
+        _plain_ticks(axes.yaxis, axes.get_ylim())
     axes.set(xlabel=x, ylabel=y)
     axes.set_title(title, loc="left", color=INK, fontsize=11)
     tidy(axes)
     if any(not name.startswith("_") for name in lines):
         axes.legend(frameon=False, fontsize=9)
     return figure
+
+
+def _plain_ticks(axis: "Axis", limits: tuple[float, float]) -> None:
+    """1, 2, 5, 10 instead of powers, where a logarithmic axis is less than 1:1000."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    if 1e-3 < limits[0] and limits[1] < 1000 * min(limits[0], 100.0):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def draw_bracket(
