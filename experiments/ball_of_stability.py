@@ -7,6 +7,17 @@ the difference of two logits: the global one, a product over layers, or the loca
 a small ball. An attack breaks it at some distance; between the two nobody knows. Three
 nets learn the digits: a standard one, an adversarially trained one, and one that is
 1-Lipschitz by construction, trained to a margin.
+
+100 test images, L2; certified by the global constant, attacked by PGD and FAB:
+
+    net           clean   certified at 0.25   attacked at 0.25   median global L
+    standard      0.98    0.00                0.91               708
+    robust        0.97    0.00                0.95               553
+    1-Lipschitz   0.95    0.86                0.88               1.39
+
+Expected: nothing crosses, the third net's constant is at most 1 (its pairs' sqrt(2)),
+and it is certified where the standard net is not. 128 CPU seconds on an AMD EPYC core,
+training included.
 """
 
 from dataclasses import dataclass

@@ -8,6 +8,11 @@ is trained on the digits; PGD attacks each of 1,000 images towards every class a
 least margin is compared, with no box in reach and inside the box [0, 1], where the
 worst case is computed coordinate by coordinate (Linf), by bisection (L2) or greedily
 (L1).
+
+Expected without a box: |predicted - attacked| at most 1e-5 of |m| + epsilon |w|_q.
+Measured on 1,000 digits: 1.1e-7 (Linf), 7.7e-8 (L2), 0 (L1); inside the box PGD stays
+up to 2.1e-7, 7.4e-5 and 1.6e-3 above the worst case, and never passes it. 70 CPU
+seconds on an AMD EPYC core.
 """
 
 import functools
