@@ -16,12 +16,26 @@ from robustjax import threats
 from robustjax.attacks.base import Result, last
 from robustjax.attacks.pgd import pgd
 from robustjax.methods import awp as awp_file
-from robustjax.methods import fast, free, mart, nfgsm, trades
+from robustjax.methods import (
+    eat,
+    fast,
+    free,
+    generated,
+    gradalign,
+    hat,
+    logit_pairing,
+    mart,
+    msd,
+    multinorm,
+    nfgsm,
+    trades,
+)
 from robustjax.methods.madry import madry
 from robustjax.methods.standard import standard
-from robustjax.models.base import Model
-from robustjax.problems import maximize, never
-from robustjax.threats import l2, linf
+from robustjax.metrics import Mean
+from robustjax.models.base import Model, logits_fn
+from robustjax.problems import example_keys, maximize, never
+from robustjax.threats import l1, l2, linf
 from robustjax.types import Batch
 
 ROWS, SIZE, HIDDEN, CLASSES = 8, 6, 12, 4
@@ -394,6 +408,323 @@ def test_free(threat):
         params = jax.tree.map(lambda w, g: w - 0.1 * g, params, slopes)
 
 
+def test_gradalign():
+    """The gradient at x is a constant, that near x is not; the mean skips zeros."""
+    batch, stats = inputs(), statistics()
+    threat, key = linf(0.05), jax.random.key(4)
+    _, noise_key = jax.random.split(jax.random.split(key)[1], 3)[1:]
+    keys = example_keys(noise_key, batch.index)
+    near = batch.x + threats.sample(threat, keys, batch.x)
+    assert 0.04 < np.abs(near - batch.x).max() <= 0.05 + 1e-7
+
+    def slope(params, x):
+        return jax.grad(lambda x: nll(net(params, stats, x, True)[0], batch.y))(x)
+
+    clean = jax.jit(slope)(weights(), batch.x)
+    delta = jnp.clip(1.25 * 0.05 * jnp.sign(clean), -0.05, 0.05)
+    x_adv = jnp.clip(batch.x + delta, 0, 1)
+    unit = lambda g: g / jnp.sqrt((g**2).sum(1))[:, None]  # noqa: E731
+
+    def expected(params, both=False):
+        logits, moved = net(params, stats, x_adv, True)
+        first = slope(params, batch.x) if both else clean
+        cosine = (unit(first) * unit(slope(params, near))).sum(1)
+        return nll(logits, batch.y) + 0.7 * (1 - cosine.mean()), moved
+
+    found, aux = check(gradalign.gradalign(MODEL, threat, strength=0.7), expected)
+    assert float(aux.metrics["alignment"].count) == ROWS
+    method = gradalign.gradalign(MODEL, threat, strength=0.7, through_clean=True)
+    paper, _ = check(method, functools.partial(expected, both=True))
+    assert np.abs(found["first"] - paper["first"]).max() > 1e-3
+
+
+def test_gradalign_of_zero_gradients_has_no_penalty():
+    dead = {**weights(), "second": jnp.zeros((HIDDEN, CLASSES))}
+    method = gradalign.gradalign(MODEL, linf(0.05))
+    grads, aux = jax.jit(method.grads)(
+        dead, statistics(), (), inputs(), jnp.int32(0), jax.random.key(0)
+    )
+    assert float(aux.metrics["alignment"].count) == 0
+    np.testing.assert_allclose(aux.metrics["loss"].total / ROWS, np.log(CLASSES))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def balls():
+    return [linf(0.04), l2(0.15), l1(0.3)]
+
+
+def in_ball(which, delta):
+    """The nearest point of each ball, written again; all points are inside the box."""
+    if which == 0:
+        return jnp.clip(delta, -0.04, 0.04)
+    if which == 1:
+        length = jnp.sqrt((delta**2).sum(1))[:, None]
+        return delta * jnp.minimum(1, 0.15 / length)
+    size = -jnp.sort(-jnp.abs(delta), axis=1)  # Duchi et al. 2008
+    count = jnp.arange(1, SIZE + 1)[None]
+    level = (jnp.cumsum(size, axis=1) - 0.3) / count
+    last_one = (size > level).sum(1)[:, None] - 1
+    tau = jnp.maximum(jnp.take_along_axis(level, last_one, axis=1), 0)
+    return jnp.sign(delta) * jnp.maximum(jnp.abs(delta) - tau, 0)
+
+
+def uphill(which, grad):
+    """The steepest unit move of each norm; L1: one coordinate."""
+    if which == 0:
+        return jnp.sign(grad)
+    if which == 1:
+        return grad / jnp.sqrt((grad**2).sum(1))[:, None]
+    return jnp.sign(grad) * (jnp.abs(grad) == jnp.abs(grad).max(1)[:, None])
+
+
+SIZES = (0.04, 0.15, 0.3)
+
+
+def moved_in(which, x, delta, grad, fraction):
+    move = delta + fraction * SIZES[which] * uphill(which, grad)
+    return in_ball(which, move)
+
+
+@functools.partial(jax.jit, static_argnames="train")
+def slope_at(x, train=False):
+    batch = inputs()
+    each = lambda x: nll_each(net(weights(), statistics(), x, train)[0], batch.y)  # noqa: E731
+    return each(x), jax.grad(lambda x: each(x).sum())(x)
+
+
+def nll_each(z, y):
+    return -(log_softmax(z) * jnp.eye(CLASSES)[y]).sum(1)
+
+
+def two_steps(which):
+    """PGD of two steps of half epsilon from x, written again."""
+    x = inputs().x
+    delta = jnp.zeros_like(x)
+    for _ in range(2):
+        delta = moved_in(which, x, delta, slope_at(x + delta)[1], 0.5)
+    return x + delta
+
+
+TWO_STEPS = pgd(2, 0.5, random_start=False, density=1 / SIZE, keep=last)
+
+
+@pytest.mark.parametrize("how", ["vmap", "one each"])
+def test_average_of_norms(how):
+    batch, points = inputs(), [two_steps(i) for i in range(3)]
+    assert len({round(float(jnp.abs(p - batch.x).sum()), 4) for p in points}) == 3
+
+    def expected(params):
+        stats, losses = statistics(), []
+        for x in points:
+            logits, stats = net(params, stats, x, True)
+            losses.append(nll(logits, batch.y))
+        return sum(losses) / 3, stats
+
+    attack_fn = TWO_STEPS if how == "vmap" else [TWO_STEPS] * 3
+    _, aux = check(multinorm.average(MODEL, balls(), attack_fn), expected)
+    right = [net(weights(), statistics(), x, True)[0].argmax(1) for x in points]
+    union = (jnp.stack(right) == batch.y[None]).all(0).sum()
+    assert float(aux.metrics["accuracy"].total) == int(union)
+
+
+def test_maximum_over_norms():
+    batch, points = inputs(), [two_steps(i) for i in range(3)]
+    losses = jnp.stack([slope_at(x)[0] for x in points])
+    best = losses.argmax(0)
+    assert len(set(best.tolist())) > 1  # the worst norm differs from row to row
+    x_adv = jnp.stack(points)[best, jnp.arange(ROWS)]
+
+    def expected(params):
+        logits, stats = net(params, statistics(), x_adv, True)
+        return nll(logits, batch.y), stats
+
+    check(multinorm.maximum(MODEL, balls(), TWO_STEPS), expected)
+
+
+def test_multinorm_refuses():
+    with pytest.raises(ValueError, match="1 threat given"):
+        multinorm.average(MODEL, [linf(0.1)])
+    with pytest.raises(ValueError, match="2 attacks for 3 threats"):
+        multinorm.maximum(MODEL, balls(), [TWO_STEPS] * 2)
+    with pytest.raises(ValueError, match="3 threats and 2 step sizes"):
+        msd.msd(MODEL, balls(), step_sizes=(0.1, 0.1))
+    with pytest.raises(ValueError, match="1 threat given"):
+        eat.eat(MODEL, [linf(0.1)])
+
+
+def test_msd():
+    """From x, each step the worst of three steepest moves; the highest loss is kept."""
+    batch, x = inputs(), inputs().x
+    delta, chosen = jnp.zeros_like(x), []
+    best, best_loss = jnp.zeros_like(x), jnp.zeros(ROWS)
+    for _ in range(4):
+        _, grad = slope_at(x + delta, train=True)
+        moves = jnp.stack([moved_in(i, x, delta, grad, 0.4) for i in range(3)])
+        losses = jnp.stack([slope_at(x + m, train=True)[0] for m in moves])
+        chosen.append(losses.argmax(0))
+        delta = moves[losses.argmax(0), jnp.arange(ROWS)]
+        better = losses.max(0) > best_loss
+        best = jnp.where(better[:, None], delta, best)
+        best_loss = jnp.maximum(best_loss, losses.max(0))
+    assert len(set(np.asarray(chosen).ravel())) > 1
+
+    def expected(params):
+        logits, stats = net(params, statistics(), x + best, True)
+        return nll(logits, batch.y), stats
+
+    options = {"num_steps": 4, "step_sizes": (0.4,) * 3, "density": 1 / SIZE}
+    check(msd.msd(MODEL, balls(), **options), expected)
+
+
+def test_eat():
+    """The threat is drawn by how often it broke examples; the tally is the carry."""
+    batch, params = inputs(), weights()
+    method = eat.eat(MODEL, [linf(0.04), l2(0.15)], TWO_STEPS)
+    grads = jax.jit(method.grads)
+    args = (params, statistics())
+    for i, tally in enumerate([([8.0, 0.0], [8.0, 8.0]), ([2.0, 8.0], [8.0, 8.0])]):
+        # One threat has broken everything, the other one nothing: it is certain.
+        certain = (1, 0)[i] if i == 0 else 0
+        carry = Mean(*map(jnp.asarray, tally))
+        x_adv = two_steps(certain)
+
+        def expected(params, x_adv=x_adv):
+            logits, stats = net(params, statistics(), x_adv, True)
+            return nll(logits, batch.y), stats
+
+        _, aux = check(method, expected, carry)
+        correct = net(*args, x_adv, False)[0].argmax(1) == batch.y
+        total, count = np.array(tally[0]), np.array(tally[1])
+        total[certain] += int(correct.sum())
+        count[certain] += ROWS
+        np.testing.assert_allclose(aux.carry.total, total)
+        np.testing.assert_allclose(aux.carry.count, count)
+        assert float(aux.metrics[f"share_{certain}"].total) == 1
+    carry = Mean(jnp.array([6.0, 2.0]), jnp.array([8.0, 8.0]))  # odds 1 to 3
+    draw = jax.vmap(
+        lambda key: (
+            grads(*args, carry, batch, jnp.int32(0), key)[1].metrics["share_1"].total
+        )
+    )
+    share = float(draw(jax.random.split(jax.random.key(0), 400)).mean())
+    assert 0.65 < share < 0.85
+
+
+def with_more(batch, rows=4):
+    rng = np.random.default_rng(7)
+    x = jnp.asarray(rng.uniform(0.2, 0.8, (rows, SIZE)))
+    more = Batch(x, jnp.asarray(rng.integers(0, CLASSES, rows)), jnp.arange(10, 14))
+    return batch._replace(streams={"generated": more}), more
+
+
+def test_generated_data():
+    """Two rows of the batch, one of the stream, and so on: one loss over all."""
+    batch, more = with_more(inputs())
+    x = jnp.concatenate([batch.x.reshape(4, 2, -1), more.x[:, None]], 1).reshape(12, -1)
+    p, q = jnp.eye(CLASSES)[batch.y], 0.8 * jnp.eye(CLASSES)[more.y] + 0.2 / CLASSES
+    y = jnp.concatenate([p.reshape(4, 2, -1), q[:, None]], 1).reshape(12, -1)
+
+    def plain(params):
+        logits, stats = net(params, statistics(), x, True)
+        return -(log_softmax(logits) * y).sum() / 12, stats
+
+    base = standard(MODEL)
+    mixed = generated.with_stream(base, smoothing=0.2, num_classes=CLASSES)
+    args = (weights(), statistics(), (), batch, jnp.int32(0), jax.random.key(0))
+    found, aux = jax.jit(mixed.grads)(*args)
+    (loss, stats), slopes = jax.value_and_grad(plain, has_aux=True)(weights())
+    close(found, slopes)
+    close((aux.metrics["loss"].total / 12, aux.extra), (loss, stats))
+    with pytest.raises(ValueError, match="no stream 'more'; it has generated"):
+        generated.with_stream(base, "more").grads(*args)
+    with pytest.raises(ValueError, match="needs num_classes"):
+        generated.with_stream(base, smoothing=0.1)
+
+
+def test_awp_of_trades_on_generated_data():
+    """The wrappers combine: one attack, on both streams, at the weights themselves."""
+    batch, more = with_more(inputs())
+    index = jnp.concatenate([batch.index.reshape(4, 2), ~more.index[:, None]], 1)
+    x = jnp.concatenate([batch.x.reshape(4, 2, -1), more.x[:, None]], 1).reshape(12, -1)
+    y = jnp.concatenate([batch.y.reshape(4, 2), more.y[:, None]], 1).ravel()
+    seen = []
+
+    def attack_fn(key, problem):
+        seen.append(problem)
+        return pgd(2, 0.5, keep=last)(key, problem)
+
+    inner = trades.trades(MODEL, linf(0.05), attack_fn)
+    args = (weights(), statistics(), ())
+    rest = (jnp.int32(0), jax.random.key(0))
+    one = awp_file.awp(generated.with_stream(inner))
+    other = generated.with_stream(awp_file.awp(inner))
+    plain = awp_file.awp(inner)
+    together = Batch(x, y, index.ravel())
+    expected = jax.jit(plain.grads)(*args, together, *rest)
+    assert len(seen) == 1 and seen[0].x.shape == x.shape
+    for method in (one, other):
+        close(jax.jit(method.grads)(*args, batch, *rest)[0], expected[0])
+
+
+def test_hat():
+    batch, x_adv = inputs(), attacked_by_divergence(weights())
+    teacher = jax.tree.map(lambda w: w[::-1] + 0.1, weights())
+    helper = logits_fn(MODEL, teacher, statistics())
+    answer = net(teacher, statistics(), x_adv, False)[0].argmax(1)
+    assert (answer != batch.y).any()
+
+    def expected(params):
+        clean, stats = net(params, statistics(), batch.x, True)
+        adversarial, stats = net(params, stats, x_adv, True)
+        far, stats = net(params, stats, batch.x + 2.0 * (x_adv - batch.x), True)
+        robust = kl_sum(log_softmax(adversarial), jax.nn.softmax(clean)) / ROWS
+        loss = nll(clean, batch.y) + 2.5 * robust + 0.5 * nll(far, answer)
+        return loss, stats
+
+    _, aux = check(hat.hat(MODEL, linf(0.1), helper, one_step), expected)
+    close(list(aux.carry), jax.tree.leaves((teacher, statistics())))
+    bare = lambda x: helper(x)  # noqa: E731
+    _, aux = check(hat.hat(MODEL, linf(0.1), bare, one_step), expected)
+    assert aux.carry == ()
+
+
+def test_adversarial_logit_pairing():
+    """Both halves in one pass: BatchNorm sees them together."""
+    batch, x_adv = inputs(), attacked_by_cross_entropy(weights())
+
+    def expected(params):
+        both, y = jnp.concatenate([batch.x, x_adv]), jnp.tile(batch.y, 2)
+        logits, stats = net(params, statistics(), both, True)
+        squares = (logits[:ROWS] - logits[ROWS:]) ** 2
+        return nll(logits, y) + 0.3 * squares.mean(), stats
+
+    method = logit_pairing.adversarial_logit_pairing(
+        MODEL, linf(0.1), one_step, strength=0.3
+    )
+    check(method, expected)
+
+
+def test_clean_logit_pairing():
+    batch = inputs()
+    key = jax.random.split(jax.random.key(4))[1]
+    noise = [
+        jax.random.normal(k, (SIZE,), jnp.float64)
+        for k in example_keys(key, batch.index)
+    ]
+    x = batch.x + 0.2 * jnp.stack(noise)
+
+    def expected(params):
+        logits, stats = net(params, statistics(), x, True)
+        pairs = [((logits[i] - logits[i + 1]) ** 2).mean() for i in range(0, ROWS, 2)]
+        return nll(logits, batch.y) + 0.3 * jnp.stack(pairs).mean(), stats
+
+    method = logit_pairing.clean_logit_pairing(MODEL, strength=0.3, noise=0.2)
+    check(method, expected)
+    odd = Batch(batch.x[:7], batch.y[:7])
+    with pytest.raises(ValueError, match="7 rows; pairs need an even"):
+        method.grads(weights(), statistics(), (), odd, 0, jax.random.key(0))
+
+
 def test_presets_are_methods():
     for build in (
         trades.cifar10,
@@ -408,9 +739,15 @@ def test_presets_are_methods():
         nfgsm.svhn,
         free.cifar10,
         free.imagenet,
+        gradalign.cifar10,
+        msd.cifar10,
+        eat.cifar10,
+        generated.carmon,
+        generated.wang,
+        lambda model: hat.cifar10(model, lambda x: x[:, :CLASSES]),
     ):
         args = (weights(), statistics())
-        method, batch = build(MODEL), inputs()
+        method, batch = build(MODEL), with_more(inputs())[0]
         carry = method.init(weights(), batch)
         out = jax.eval_shape(
             method.grads, *args, carry, batch, jnp.int32(0), jax.random.key(0)
