@@ -157,10 +157,10 @@ def lipschitz_net(
     formulas.
 
     >>> import jax
-    >>> model = lipschitz_net(channels=(4,), hidden=(8,))
-    >>> params, extra = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
-    >>> model.apply(params, extra, jnp.zeros((5, 8, 8, 1)))[0].shape
-    (5, 10)
+    >>> key, x = jax.random.key(0), jnp.zeros((1, 8, 8, 1))
+    >>> params, extra = jax.eval_shape(lipschitz_net().init, key, x)
+    >>> params["head"].shape
+    (128, 10)
     """
     odd = [width for width in (*channels, *hidden) if width % 2]
     if odd:
