@@ -107,34 +107,33 @@ def linear_changes(noise: str, key, w, num_noise: int, epsilon):
 
 
 def measure_linear(config: Config) -> dict[str, dict[str, np.ndarray]]:
-    """Noise -> arrays `[dims, weights]`: mean, spread, directed, and their theory."""
-    found = {name: [] for name in NOISES}
+    """Noise -> `[dims, weights]` arrays of what was measured and what theory says."""
+    rows, root = {name: [] for name in NOISES}, jax.random.key(config.seed)
     for d in config.dims:
         for i in range(config.num_weights):
-            key = jax.random.fold_in(
-                jax.random.fold_in(jax.random.key(config.seed), d), i
+            keys = jax.random.split(
+                jax.random.fold_in(root, i * 100_000 + d), 1 + len(NOISES)
             )
-            w = jax.random.normal(jax.random.fold_in(key, 0), (d,))
-            length = float(jnp.linalg.norm(w))
-            for number, (name, (norm, _, constant)) in enumerate(NOISES.items()):
-                noise_key = jax.random.fold_in(key, 1 + number)
-                draw, directed = linear_changes(
-                    name, noise_key, w, config.num_noise, config.epsilon
+            w = jax.random.normal(keys[0], (d,))
+            for key, (name, (norm, _, constant)) in zip(
+                keys[1:], NOISES.items(), strict=True
+            ):
+                draw, step = linear_changes(
+                    name, key, w, config.num_noise, config.epsilon
                 )
-                draw = np.asarray(draw, np.float64)
-                found[name].append(
-                    {
-                        "mean": draw.mean(),
-                        "spread": draw.std(ddof=1),
-                        "directed": float(directed),
-                        "spread_theory": config.epsilon * constant(d) * length,
-                        "directed_theory": config.epsilon * float(norm.dual(w)),
-                    }
+                draw = np.asarray(draw, float)
+                theory = config.epsilon * np.array(
+                    [constant(d) * float(jnp.linalg.norm(w)), float(norm.dual(w))]
                 )
+                rows[name].append([draw.mean(), draw.std(ddof=1), float(step), *theory])
+    fields = ("mean", "spread", "directed", "spread_theory", "directed_theory")
     shape = (len(config.dims), config.num_weights)
     return {
-        name: {k: np.reshape([row[k] for row in rows], shape) for k in rows[0]}
-        for name, rows in found.items()
+        name: {
+            f: np.reshape(v, shape)
+            for f, v in zip(fields, np.transpose(values), strict=True)
+        }
+        for name, values in rows.items()
     }
 
 

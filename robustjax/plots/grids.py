@@ -149,5 +149,9 @@ def draw_surface(
     axes.plot([0], [0], "o", color="white", markeredgecolor="black", markersize=6)
     axes.set(xlabel=x, ylabel=y)
     axes.set_title(title, loc="left", color=INK, fontsize=11)
-    figure.colorbar(filled, ax=axes, label=label, format="%.2g")
+    small = 1e-3 * (high - low)
+    bar = figure.colorbar(filled, ax=axes, label=label)
+    bar.ax.yaxis.set_major_formatter(
+        lambda value, place: "0" if abs(value) < small else f"{value:.2g}"
+    )
     return figure
