@@ -93,8 +93,8 @@ def mart(
 def boosted_cross_entropy(logits: Array, y: Array) -> Array:
     """`-log p_y - log(1.0001 - max_{k != y} p_k)`, `[B]`.
 
-    >>> boosted_cross_entropy(jnp.zeros((1, 2)), jnp.array([0])).round(4).tolist()
-    [1.3860999345779419]
+    >>> round(float(boosted_cross_entropy(jnp.zeros((1, 2)), jnp.array([0]))[0]), 3)
+    1.386
     """
     p = jax.nn.softmax(finite(logits))
     wrong = jnp.max(jnp.where(y[:, None] == classes(logits), -1.0, p), axis=-1)

@@ -17,6 +17,7 @@ from robustjax.attacks.noise import noise
 from robustjax.attacks.pgd import fgsm, pgd
 from robustjax.data.sources import load
 from robustjax.losses import cross_entropy
+from robustjax.methods.awp import awp
 from robustjax.methods.base import (
     Aux,
     Method,
@@ -25,9 +26,24 @@ from robustjax.methods.base import (
     label_loss,
     smoothed,
 )
+from robustjax.methods.eat import eat
+from robustjax.methods.fast import fast
+from robustjax.methods.free import free
+from robustjax.methods.generated import with_stream
+from robustjax.methods.gradalign import gradalign
+from robustjax.methods.hat import hat
+from robustjax.methods.logit_pairing import (
+    adversarial_logit_pairing,
+    clean_logit_pairing,
+)
 from robustjax.methods.madry import cifar_code, cifar_paper, madry, mnist, one_step
+from robustjax.methods.mart import mart
 from robustjax.methods.minimax import minimax_loss
+from robustjax.methods.msd import msd
+from robustjax.methods.multinorm import average, maximum
+from robustjax.methods.nfgsm import nfgsm
 from robustjax.methods.standard import standard
+from robustjax.methods.trades import trades
 from robustjax.metrics import value
 from robustjax.models.base import Model, from_linen, logits_fn
 from robustjax.parallel import constrain_rows, data_mesh, put_global, replicated
@@ -67,30 +83,84 @@ ATTACK = pgd(2, 0.7, keep=last)
 
 
 class Row(NamedTuple):
+    """A method, and how often a batch moves the running statistics.
+
+    streams: whether the method learns from the stream of `batch_of` too.
+    quick:   whether all checks run every time, or some among the slow tests.
+    """
+
     build: Callable[[Model], Method]
     updates_per_batch: int = 1
+    streams: bool = False
+    quick: bool = False
+
+
+BALLS = [linf(0.1), l2(0.5)]
+SHORT = pgd(2, 0.7, random_start=False, keep=last)
+
+
+def everything(model):
+    """AWP x TRADES x generated data."""
+    method = trades(model, linf(0.1), SHORT, outer=smoothed(0.1))
+    return awp(with_stream(method, smoothing=0.1, num_classes=10))
 
 
 METHODS = {
-    "standard": Row(lambda model: standard(model)),
+    "standard": Row(lambda model: standard(model), quick=True),
     "standard, smoothed": Row(lambda model: standard(model, outer=smoothed(0.1))),
     "madry, Linf": Row(lambda model: madry(model, linf(0.1), ATTACK)),
     "madry, L2": Row(lambda model: madry(model, l2(0.5), ATTACK)),
     "madry, batch statistics": Row(
-        lambda model: madry(model, linf(0.1), ATTACK, bn_mode="batch")
+        lambda model: madry(model, linf(0.1), ATTACK, bn_mode="batch"), quick=True
     ),
+    "trades": Row(lambda model: trades(model, linf(0.1), SHORT), 3),
+    "mart": Row(lambda model: mart(model, linf(0.1), SHORT), 2),
+    "awp": Row(lambda model: awp(madry(model, linf(0.1), ATTACK))),
+    "awp, trades, generated": Row(everything, 3, streams=True, quick=True),
+    "generated": Row(
+        lambda model: with_stream(madry(model, linf(0.1), ATTACK)), streams=True
+    ),
+    "hat": Row(
+        lambda model: hat(model, linf(0.1), logits_fn(LINEAR, *linear(None)), SHORT), 3
+    ),
+    "free": Row(lambda model: free(model, linf(0.1), repeats=3), 3, quick=True),
+    "fast": Row(lambda model: fast(model, linf(0.1))),
+    "nfgsm": Row(lambda model: nfgsm(model, linf(0.1))),
+    "gradalign": Row(lambda model: gradalign(model, linf(0.1))),
+    "adversarial logit pairing": Row(
+        lambda model: adversarial_logit_pairing(model, linf(0.1), ATTACK)
+    ),
+    "clean logit pairing": Row(lambda model: clean_logit_pairing(model, noise=0.1)),
+    "average of norms": Row(lambda model: average(model, BALLS, SHORT), 2),
+    "maximum over norms": Row(lambda model: maximum(model, BALLS, SHORT)),
+    "msd": Row(lambda model: msd(model, BALLS, num_steps=2, step_sizes=(0.5, 0.5))),
+    "eat": Row(lambda model: eat(model, BALLS, SHORT)),
+    # scripts/new_method adds rows above this line.
 }
 EVERY = pytest.mark.parametrize("name", METHODS)
+SOME = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if row.quick else pytest.mark.slow)
+        for name, row in METHODS.items()
+    ],
+)
 
 
 def batch_of(size: int, first: int = 0) -> Batch:
     digits = load("digits")
     rows = slice(first, first + size)
-    return Batch(
+    batch = Batch(
         jnp.asarray(digits.x_train[rows], jnp.float32) / digits.max_value,
         jnp.asarray(digits.y_train[rows]),
         jnp.arange(first, first + size, dtype=jnp.int32),
     )
+    return batch._replace(streams={"generated": batch._replace(x=0.9 * batch.x)})
+
+
+def rows_of(name: str, rows: int) -> int:
+    """How many rows count where the batch has `rows`: its stream has as many."""
+    return rows * (2 if METHODS[name].streams else 1)
 
 
 TX = optax.sgd(0.05, momentum=0.9)
@@ -98,7 +168,7 @@ TX = optax.sgd(0.05, momentum=0.9)
 
 @functools.cache
 def initial(dtype: str):
-    """The first state; the same for every method here, whose carries are empty."""
+    """The first state, but for the carry."""
 
     @jax.jit
     def create(key):
@@ -112,9 +182,17 @@ def initial(dtype: str):
     return create(jax.random.key(0))
 
 
-def begin(method: Method, dtype: str = "float32"):
-    assert method.init({}, batch_of(1)) == ()
-    return initial(dtype), make_train_step(method, TX)
+def begin(method: Method, batch: Batch):
+    state = initial(str(batch.x.dtype))
+    carry = jax.tree.map(jnp.array, method.init(state.params, batch))
+    return dataclasses.replace(state, carry=carry), make_train_step(method, TX)
+
+
+@functools.cache
+def compiled(name: str):
+    """The first state and the jitted step at 64 rows, shared by tests."""
+    state, step = begin(METHODS[name].build(MODEL), batch_of(64))
+    return state, jax.jit(step)
 
 
 def equal(first, second) -> bool:
@@ -135,23 +213,22 @@ def _numbers(tree):
 
 @EVERY
 def test_loss_is_finite_and_falls(name):
-    method = METHODS[name].build(MODEL)
     batch = batch_of(64)
-    state, step = begin(method)
-    step = jax.jit(step)
+    state, step = compiled(name)
+    repeats = METHODS[name].build(MODEL).repeats
     losses = []
     for _ in range(12):
         state, metrics = step(state, batch)
         losses.append(float(value(metrics["loss"])))
-        assert float(metrics["loss"].count) == 64
+        assert float(metrics["loss"].count) == rows_of(name, 64) * repeats
         assert 0 <= float(value(metrics["accuracy"])) <= 1
     assert np.isfinite(losses).all()
     assert losses[-1] < 0.9 * losses[0]
     assert int(state.step) == 12
 
 
-@EVERY
-def test_statistics_move_once_per_update(name):
+@SOME
+def test_statistics_move_as_the_method_says(name):
     """Passes in train mode whose statistics are kept are counted in `extra`."""
     row = METHODS[name]
 
@@ -167,7 +244,7 @@ def test_statistics_move_once_per_update(name):
         params=params,
         extra={"passes": jnp.int32(0)},
         opt_state=optax.sgd(0.1).init(params),
-        carry=(),
+        carry=jax.tree.map(jnp.array, method.init(params, batch_of(4))),
         ema=None,
         key=jax.random.key(0),
     )
@@ -176,7 +253,7 @@ def test_statistics_move_once_per_update(name):
         assert int(state.extra["passes"]) == n * row.updates_per_batch
 
 
-@EVERY
+@SOME
 def test_masked_rows_never_count(name):
     """Garbage in masked rows changes neither gradients nor metrics.
 
@@ -189,13 +266,13 @@ def test_masked_rows_never_count(name):
 
     @jax.jit
     def grads(x, y):
-        masked = Batch(x, y, batch.index, mask)
-        step = jnp.zeros((), jnp.int32)
-        return method.grads(params, extra, (), masked, step, jax.random.key(1))
+        masked = Batch(x, y, batch.index, mask, batch.streams)
+        step, carry = jnp.zeros((), jnp.int32), method.init(params, masked)
+        return method.grads(params, extra, carry, masked, step, jax.random.key(1))
 
     expected, aux = grads(batch.x, batch.y)
     found, aux_found = grads(batch.x.at[5:].set(0.25), batch.y.at[5:].set(0))
-    assert float(aux.metrics["loss"].count) == 5
+    assert float(aux.metrics["loss"].count) == 5 + rows_of(name, 8) - 8
     assert equal(expected, found) and equal(aux.metrics, aux_found.metrics)
 
 
@@ -203,23 +280,23 @@ def test_masked_rows_never_count(name):
 def test_restored_at_step_k_is_as_unbroken(name, tmp_path):
     from robustjax.training import checkpoint
 
-    method = METHODS[name].build(MODEL)
-    state, step = begin(method)
-    step = jax.jit(step)
+    state, step = compiled(name)
     for k in range(2):
-        state, _ = step(state, batch_of(16, 16 * k))
+        state, _ = step(state, batch_of(64, 64 * k))
     checkpoint.save(tmp_path, 2, state, {})
     restored = checkpoint.restore(tmp_path, 2, jax.eval_shape(lambda s: s, state))
     for k in range(2, 4):
-        state, _ = step(state, batch_of(16, 16 * k))
-        restored, _ = step(restored, batch_of(16, 16 * k))
+        state, _ = step(state, batch_of(64, 64 * k))
+        restored, _ = step(restored, batch_of(64, 64 * k))
     assert equal(state, restored)
 
 
 def run_on(devices: int, name: str, dtype: str, num_steps: int):
-    batch = batch_of(16)
-    batch = batch._replace(x=np.asarray(batch.x, dtype))
-    state, step = begin(METHODS[name].build(MODEL), dtype)
+    batch = jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.float32 else leaf,
+        batch_of(16),
+    )
+    state, step = begin(METHODS[name].build(MODEL), batch)
     mesh = data_mesh(jax.devices()[:devices])
 
     @jax.jit
@@ -232,20 +309,46 @@ def run_on(devices: int, name: str, dtype: str, num_steps: int):
     return jax.device_get(run(*placed).params)
 
 
-@pytest.mark.parametrize("name", ["standard", "madry, batch statistics"])
+@SOME
 def test_one_device_is_four_devices(name):
     one, four = (run_on(n, name, "float32", 1) for n in (1, 4))
     difference = jax.tree.map(lambda a, b: np.abs(a - b).max(), one, four)
     assert max(jax.tree.leaves(difference)) <= 1e-5
 
 
-@EVERY
+@SOME
 def test_one_device_is_four_devices_in_float64(name):
     with jax.enable_x64(True):
         one, four = (run_on(n, name, "float64", 20) for n in (1, 4))
     assert jax.tree.leaves(one)[0].dtype == np.float64
     difference = jax.tree.map(lambda a, b: np.abs(a - b).max(), one, four)
     assert max(jax.tree.leaves(difference)) <= 1e-8
+
+
+@EVERY
+def test_a_model_in_bfloat16_is_attacked_and_judged_in_float32(name):
+    """Whatever the model computes in, inputs, losses and gradients are float32."""
+    seen = []
+
+    def apply(params, extra, x, *, train=False, key=None):
+        seen.append(x.dtype)
+        logits, extra = LINEAR.apply(
+            jax.tree.map(lambda w: w.astype(jnp.bfloat16), params),
+            extra,
+            x.astype(jnp.bfloat16),
+        )
+        return logits, extra
+
+    method = METHODS[name].build(Model(LINEAR.init, apply))
+    batch = batch_of(8)
+    params, extra = linear(batch.x)
+    carry, step = method.init(params, batch), jnp.int32(0)
+    grads, aux = jax.eval_shape(
+        method.grads, params, extra, carry, batch, step, jax.random.key(0)
+    )
+    assert seen and set(seen) == {jnp.dtype("float32")}
+    found = {leaf.dtype for leaf in jax.tree.leaves((grads, aux.metrics))}
+    assert found == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("bn_mode", ["eval", "batch"])
