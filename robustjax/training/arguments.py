@@ -74,6 +74,33 @@ def check_labels(model: Model, weights: Any, example: Array, data: Any) -> None:
         )
 
 
+def check_streams(streams: Any, resident: bool) -> None:
+    """Raise where `streams` is not name -> (`Resident`, rows), or cannot be served.
+
+    Raises:
+      TypeError: an entry of another kind.
+      ValueError: no rows, or the data is a function (it gives its streams itself).
+    """
+    for name, entry in (streams or {}).items():
+        if not resident:
+            raise ValueError(
+                "streams go with a Resident set; a function `step -> Batch` gives its "
+                "own: Batch(x, y, streams={...})."
+            )
+        if not (
+            isinstance(entry, tuple)
+            and not isinstance(entry, Resident)
+            and len(entry) == 2
+            and isinstance(entry[0], Resident)
+            and isinstance(entry[1], int)
+        ):
+            raise TypeError(
+                f"streams[{name!r}] is {_named(entry)}; give (resident(x, y), rows)."
+            )
+        if entry[1] < 1:
+            raise ValueError(f"streams[{name!r}] has {entry[1]} rows; give 1 or more.")
+
+
 def check_counts(**counts: int | None) -> None:
     """Raise where a number of things is no integer, or below 1; None is left alone.
 

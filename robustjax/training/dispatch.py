@@ -55,9 +55,11 @@ class Dispatcher:
         augment: Callable[[Key, Array, Array], Array] | None,
         mix: Callable[[Key, Batch], Batch] | None,
         mesh: Any,
+        streams: Mapping[str, tuple[Resident, int]] | None = None,
         compiler_options: Mapping[str, bool | str] | None = None,
     ):
         order_key, self.augment_key, self.mix_key = jax.random.split(data_key, 3)
+        self.stream_key = jax.random.fold_in(data_key, 3)
         self.step, self.augment, self.mix, self.mesh = step, augment, mix, mesh
         self.batch_size = batch_size
         self.compiler_options = dict(compiler_options or {})
@@ -68,9 +70,12 @@ class Dispatcher:
         self.window = steps_per_dispatch if self.looped else min(100, num_steps)
         self.rows_start, self.rows = -1, None
         self.data = None
+        streams = dict(sorted((streams or {}).items()))
+        self.stream_rows = {name: rows for name, (_, rows) in streams.items()}
         self.sharding = None if mesh is None else replicated(mesh)
         if isinstance(data, Resident):
-            self.data = put_global(data, self.sharding)
+            sets = {name: other for name, (other, _) in streams.items()}
+            self.data = put_global((data, sets), self.sharding)
             n = data.x.shape[0]
 
             def rows(start: Array) -> Array:
@@ -104,10 +109,16 @@ class Dispatcher:
         bounds = np.int32(start), np.int32(stop)
         if self.compiled is None:
             began = time.monotonic()
+            # On a mesh what comes out must lie as what goes in: the compiler would
+            # divide a carry that has rows.
+            placed: dict[str, Any] = {}
+            if self.mesh is not None:
+                placed["out_shardings"] = self.sharding
             jitted = jax.jit(
                 self._run,
                 donate_argnums=(0, 1),
                 compiler_options=self.compiler_options,
+                **placed,
             )
             arguments = (state, self.totals, self.data, feed, *bounds)
             self.compiled = jitted.lower(*arguments).compile()
@@ -159,7 +170,7 @@ class Dispatcher:
         self,
         state: TrainState,
         totals: Totals,
-        data: Resident | None,
+        data: Any,
         feed: Any,
         start: Array,
         stop: Array,
@@ -177,15 +188,25 @@ class Dispatcher:
             return one(start, (state, totals))
         return jax.lax.fori_loop(start, stop, one, (state, totals))
 
-    def _batch(self, data: Resident | None, index: Array, t: Array | int) -> Batch:
-        assert data is not None
-        batch = take(data, index)
+    def _batch(self, data: Any, index: Array, t: Array | int) -> Batch:
+        own, sets = data
+        batch = self._rows(own, index, jax.random.fold_in(self.augment_key, t))
+        streams = {}
+        for number, (name, other) in enumerate(sets.items()):
+            key = jax.random.fold_in(jax.random.fold_in(self.stream_key, t), number)
+            draw_key, augment_key = jax.random.split(key)
+            shape, n = (self.stream_rows[name],), other.x.shape[0]
+            drawn = jax.random.randint(draw_key, shape, 0, n, jnp.int32)
+            streams[name] = self._rows(other, drawn, augment_key)
+        return self._mixed(batch._replace(streams=streams or None), t)
+
+    def _rows(self, data: Resident, index: Array, augment_key: Key) -> Batch:
         # Divided here already, so that each device augments its own rows only.
-        batch = constrain_rows(batch, self.mesh)
+        batch = constrain_rows(take(data, index), self.mesh)
         x = batch.x
         if self.augment is not None:
-            x = self.augment(jax.random.fold_in(self.augment_key, t), x, index)
-        return self._mixed(batch._replace(x=to_float(x, data.scale)), t)
+            x = self.augment(augment_key, x, batch.index)
+        return batch._replace(x=to_float(x, data.scale))
 
     def _mixed(self, batch: Batch, t: Array | int) -> Batch:
         if self.mix is None:

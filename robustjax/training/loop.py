@@ -29,6 +29,7 @@ from robustjax.training.arguments import (
     check_counts,
     check_kinds,
     check_labels,
+    check_streams,
 )
 from robustjax.training.dispatch import Dispatcher, HostBatches
 from robustjax.training.progress import Progress
@@ -69,6 +70,7 @@ def fit(
     batch_size: int,
     num_steps: int | None = None,
     num_epochs: int | None = None,
+    streams: Mapping[str, tuple[Resident, int]] | None = None,
     augment: Callable[[Key, Array, Array], Array] | None = None,
     mix: Callable[[Key, Batch], Batch] | None = None,
     validate: Validate | None = None,
@@ -99,6 +101,8 @@ def fit(
       batch_size: rows per step; an epoch drops its last, incomplete batch.
       num_steps: how many batches to learn from.
       num_epochs: the same in passes over a `Resident` set; give one of the two.
+      streams: name -> (further `Resident` set, rows per step): every batch gets
+        `streams[name]`, drawn at random with replacement; see `with_stream`.
       augment: `(key, x, index) -> x` on uint8 pixels, inside the compiled step.
       mix: `(key, batch) -> batch` after it, on float inputs; may soften the labels.
       validate: `(params, extra) -> {name: number}`, called at every checkpoint.
@@ -149,7 +153,9 @@ def fit(
             f"steps_per_dispatch is {steps_per_dispatch}, but `data` is a function "
             "that the host calls for every step; give 1."
         )
-    check_rows(batch_size, mesh)
+    check_streams(streams, resident)
+    for rows in (batch_size, *(rows for _, rows in (streams or {}).values())):
+        check_rows(rows, mesh)
     sharding = None if mesh is None else replicated(mesh)
     state_key, data_key = jax.random.split(key)
     run_steps = Dispatcher(
@@ -162,6 +168,7 @@ def fit(
         augment=augment,
         mix=mix,
         mesh=mesh,
+        streams=streams,
         compiler_options=compiler_options,
     )
 
@@ -184,7 +191,7 @@ def fit(
             "checkpoint_every": checkpoint_every,
             "best_metric": best_metric,
             "ema_decay": averaging_at(ema_decay, num_steps),
-            "data": _fingerprint(data),
+            "data": _fingerprint(data, streams),
             "compiler_options": dict(compiler_options or {}),
             "config": {} if config is None else config,
         }
@@ -285,7 +292,10 @@ def _length(
     return num_steps, per_epoch
 
 
-def _fingerprint(data: Any) -> dict[str, Any]:
+def _fingerprint(data: Any, streams: Any = None) -> dict[str, Any]:
+    if streams:
+        more = {n: {**_fingerprint(d), "rows": k} for n, (d, k) in streams.items()}
+        return {**_fingerprint(data), "streams": more}
     if not isinstance(data, Resident):
         return {"from": "a function of the step"}
     x, y = np.asarray(data.x), np.asarray(data.y)

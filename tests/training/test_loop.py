@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robustjax.data.resident import batch_at
+from robustjax.data.resident import batch_at, resident
+from robustjax.methods.base import Aux, from_loss
+from robustjax.methods.free import free
 from robustjax.methods.madry import madry, one_step
 from robustjax.methods.standard import standard
+from robustjax.metrics import mean_of
 from robustjax.models.base import Model
 from robustjax.parallel import data_mesh
 from robustjax.threats import linf
@@ -330,3 +333,64 @@ def test_killed_in_a_checkpoint_and_resumed():
     assert done.returncode == 0, done.stdout + done.stderr
     assert "in a checkpoint" in done.stdout and ".saving_" in done.stdout
     assert "all equal" in done.stdout
+
+
+def test_streams_reach_the_method_and_resume(tmp_path, train, model, data):
+    """Rows of another set at every step, by key; a broken run ends the same."""
+    more = resident(255 - np.asarray(data.x), np.asarray(data.y) * 0 + 7, 255)
+    seen = []
+
+    def loss(params, extra, carry, batch, step, key):
+        rows = batch.streams["more"]
+        seen.append((rows.x.shape, rows.y.shape))
+        total = (rows.x.sum() + rows.index.sum()) * params["bias"].sum()
+        metrics = {"loss": mean_of(rows.y), "first": mean_of(rows.index[:1])}
+        return total, Aux(extra, carry, metrics)
+
+    settings = {
+        "method": from_loss(loss),
+        "streams": {"more": (more, 12)},
+        "tx": sgd(1e-6),
+        "log_every": 1,
+    }
+    whole = train(**settings)
+    assert seen[0] == ((12, 8, 8, 1), (12,))
+    rows = [row for row in whole.history if row["kind"] == "train"]
+    assert all(row["loss"] == 7 for row in rows)
+    assert len({row["first"] for row in rows}) > 6
+    on_mesh = train(**settings, mesh=data_mesh())
+    assert [r["first"] for r in on_mesh.history] == [r["first"] for r in rows]
+    train(**settings, out=tmp_path)
+    go_back(tmp_path, 8)
+    resumed = train(**settings, out=tmp_path)
+    np.testing.assert_array_equal(resumed.params["bias"], whole.params["bias"])
+    other = {**settings, "streams": {"more": (more, 8)}}
+    with pytest.raises(ValueError, match="rows"):
+        train(**other, out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("streams", "kind", "message"),
+    [
+        ({"more": 3}, TypeError, r"streams\['more'\] is .*give \(resident"),
+        ({"more": 0}, ValueError, r"streams\['more'\] has 0 rows"),
+    ],
+)
+def test_streams_are_checked(train, data, streams, kind, message):
+    if kind is ValueError:
+        streams = {"more": (data, 0)}
+    with pytest.raises(kind, match=message):
+        train(streams=streams)
+    with pytest.raises(ValueError, match="a function `step -> Batch` gives its own"):
+        train(data=lambda step: None, streams={"more": (data, 1)})
+
+
+def test_a_carry_with_rows_trains_on_a_mesh(train, model):
+    """Free-AT's perturbation comes out of a step as it went in."""
+    method = free(model, linf(0.1), repeats=2)
+    one, four = (train(mesh=mesh, method=method) for mesh in (None, data_mesh()))
+    np.testing.assert_allclose(
+        one.params["kernel"], four.params["kernel"], rtol=1e-4, atol=1e-6
+    )
+    assert four.state.carry.sharding.is_fully_replicated
+    assert np.abs(four.state.carry).max() > 0.09
