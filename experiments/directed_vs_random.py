@@ -8,6 +8,15 @@ noise, whose mean change is zero and whose spread is a known constant times |w|_
 against the one step along the gradient. The ratio grows like sqrt(d). Then nets that
 were trained on one set of images in several sizes, and one net behind a k x k mean,
 whose gradient is the same in each block of k x k pixels.
+
+    exponent of the ratio in d        measured   expected
+    linear, Linf corner and ball      0.498      0.5 (+- 0.05)
+    linear, L2 sphere, L2 ball        0.501, 0.486
+    MLP behind a mean, CNN            0.499, 0.503
+    MLP and CNN trained at each size  0.489, 0.443   positive
+
+The CNN's gradients concentrate a little as the images grow, so its ratio grows more
+slowly than sqrt(d). 87 CPU seconds on one of two shared AMD EPYC cores.
 """
 
 import functools
@@ -50,6 +59,8 @@ class Config:
     """Noise samples for each linear score."""
     epsilon: float = 0.1
     """Budget of the linear score; it cancels in the ratio."""
+    nets: tuple[Literal["MLP", "CNN"], ...] = ("MLP", "CNN")
+    """One hidden layer; two convolutions (`small_cnn`)."""
     sizes: tuple[int, ...] = ()
     """Image sides; empty: 4, 8, 16, 24 (digits) or 7, 14, 28 (Fashion-MNIST)."""
     net_epsilon: float = 0.01
@@ -222,7 +233,8 @@ def measure_nets(config: Config, splits: common.Splits) -> dict[str, list[dict]]
     native = x_test.shape[1]
     sizes = config.sizes or ((4, 8, 16, 24) if native == 8 else (7, 14, 28))
     rows = {}
-    for name, model in {"MLP": models.mlp((128,)), "CNN": models.small_cnn()}.items():
+    for name in config.nets:
+        model = models.mlp((128,)) if name == "MLP" else models.small_cnn()
         rows[name], rows[f"{name}, lifted"] = [], []
         for size in sizes:
             pixels = np.rint(255 * resize(x_train, size)).astype(np.uint8)
@@ -321,7 +333,7 @@ def draw(config: Config, linear: dict, nets: dict):
     plots.draw_lines(lines, parts[0], **options, y=y, title="a linear score")
     for part, title, end in ((1, "nets", ""), (2, "one net behind a mean", ", lifted")):
         lines = {}
-        for name in ("MLP", "CNN"):
+        for name in config.nets:
             for kind, text in (("", "pixel noise"), ("blocks_", "noise in blocks")):
                 rows = [r for r in nets[name + end] if f"{kind}ratio" in r]
                 lines[f"{name}, {text}"] = plots.Line(
@@ -330,7 +342,7 @@ def draw(config: Config, linear: dict, nets: dict):
                     low=[one[f"{kind}low"] for one in rows],
                     high=[one[f"{kind}high"] for one in rows],
                 )
-        d = [one["d"] for one in nets["MLP" + end]]
+        d = [one["d"] for one in nets[config.nets[0] + end]]
         root = [value**0.5 for value in d]
         lines["sqrt(d)"] = plots.Line(d, root, theory=True)
         plots.draw_lines(lines, parts[part], **options, title=title)

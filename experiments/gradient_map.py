@@ -5,7 +5,17 @@
 
 Input gradients of the margin and PGD's perturbations of both nets, side by side. Then
 the loss around a point along PGD's direction and a random one, and its mean along both
-over all test images.
+over all test images. Digits, 360 test images, 27 CPU seconds on one of two shared AMD
+EPYC cores; expected: the robust net's gradient is more like the image and wastes less
+on pixels that never change (Tsipras et al., arXiv:1805.12152), its loss is straighter.
+
+                                        standard   robust
+    |cos(gradient, image)|              0.162      0.244
+    share of the gradient, quiet pixels 0.097      0.053
+    |loss - its tangent| at PGD's point 4.16       0.34
+    adversarial / random change         5.8        4.7    at least 3.19
+
+Relative to its slope the robust net's score is not straighter (0.170 against 0.147).
 """
 
 import functools
@@ -39,6 +49,8 @@ class Config:
     """Images; all but the embedded digits need --data-dir."""
     data_dir: str | None = None
     """Where other sets lie."""
+    net: Literal["CNN", "MLP"] = "CNN"
+    """`small_cnn`, or one hidden layer."""
     epsilon: float = 0.15
     """Linf budget of the perturbations (Fashion-MNIST: 0.1 is usual)."""
     train_epsilon: float = 0.2
@@ -134,7 +146,8 @@ def main(config: Config) -> dict[str, Any]:
     x, y = splits.test
     # Pixels that hardly ever change cannot tell classes apart.
     quiet = np.asarray(data.to_float(train.x, train.scale)).std(0) < 0.05
-    model, threat = models.small_cnn(), rj.linf(config.epsilon)
+    model = models.small_cnn() if config.net == "CNN" else models.mlp((128,))
+    threat = rj.linf(config.epsilon)
     inner = rj.pgd(7, keep=rj.last)
     methods = {
         "standard": standard(model),
@@ -146,6 +159,7 @@ def main(config: Config) -> dict[str, Any]:
             *(config.out, name, model, method, train),
             {
                 "dataset": config.dataset,
+                "net": config.net,
                 "num_train": n,
                 "train_epsilon": config.train_epsilon,
             },
