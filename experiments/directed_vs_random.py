@@ -336,6 +336,8 @@ def draw(config: Config, linear: dict, nets: dict):
         for name in config.nets:
             for kind, text in (("", "pixel noise"), ("blocks_", "noise in blocks")):
                 rows = [r for r in nets[name + end] if f"{kind}ratio" in r]
+                if len(rows) < 2:
+                    continue
                 lines[f"{name}, {text}"] = plots.Line(
                     [one["d"] for one in rows],
                     [one[f"{kind}ratio"] for one in rows],
@@ -346,7 +348,10 @@ def draw(config: Config, linear: dict, nets: dict):
         root = [value**0.5 for value in d]
         lines["sqrt(d)"] = plots.Line(d, root, theory=True)
         plots.draw_lines(lines, parts[part], **options, title=title)
-        parts[part].axes[0].set_ylim(2.5, None)
+        lowest = min(min(line.y) for line in lines.values())
+        axes = parts[part].axes[0]
+        axes.set_ylim(0.4 * lowest, None)  # room for the legend
+        axes.get_legend().set_loc("lower right")
     return figure
 
 
