@@ -105,7 +105,9 @@ def fit(
         `streams[name]`, drawn at random with replacement; see `with_stream`.
       augment: `(key, x, index) -> x` on uint8 pixels, inside the compiled step.
       mix: `(key, batch) -> batch` after it, on float inputs; may soften the labels.
-      validate: `(params, extra) -> {name: number}`, called at every checkpoint.
+      validate: `(params, extra) -> {name: number}`, called at every checkpoint; see
+        `training.monitors`. A number "stop" other than 0 ends the run there, without a
+        checkpoint of that step.
       best_metric: which of its numbers chooses the best checkpoint; larger is better.
       checkpoint_every: steps between checkpoints; None: one epoch, or `num_steps`.
       out: the run's folder; None: nothing is written.
@@ -247,6 +249,9 @@ def fit(
                 best = plain({"step": step, **metrics})
                 best_weights = jax.tree.map(jnp.array, weights) if out is None else None
             progress.validated(step, metrics, is_best, time.monotonic() - began)
+            if metrics.get("stop"):
+                progress.note(f"validate asks to stop after step {step}")
+                break
         if out is not None:
             earlier, remembered = (
                 remembered,
@@ -261,7 +266,7 @@ def fit(
             progress.go_on()
 
     progress.finished()
-    if best is None or best["step"] == num_steps:
+    if best is None or best["step"] == step:
         params, extra = weights_of(state)
     elif best_weights is not None:
         params, extra = best_weights
