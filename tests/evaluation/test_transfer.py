@@ -173,7 +173,7 @@ def random_matrix(count):
     """Two attacks, two nets, verdicts that hang together as real ones do."""
     rng = np.random.default_rng(1)
     hard = rng.uniform(size=count)  # one number for an image: pairs share it
-    correct = rng.uniform(size=(2, count)) < 0.9
+    correct = rng.uniform(size=(2, count)) < np.array([[0.9], [0.5]])
     level = np.array([0.5, 0.35])[:, None, None, None]
     wrong = hard + 0.3 * rng.normal(size=(2, 2, 2, count)) < level
     names = ("A", "B"), ("a", "b"), ("a", "b")
