@@ -26,11 +26,13 @@ from robustjax.methods.base import (
     label_loss,
     smoothed,
 )
+from robustjax.methods.curriculum import curriculum, growing, in_turn, variable_pgd
 from robustjax.methods.eat import eat
 from robustjax.methods.fast import fast
 from robustjax.methods.free import free
 from robustjax.methods.generated import with_stream
 from robustjax.methods.gradalign import gradalign
+from robustjax.methods.gradient_penalty import gradient_penalty
 from robustjax.methods.hat import hat
 from robustjax.methods.logit_pairing import (
     adversarial_logit_pairing,
@@ -105,6 +107,12 @@ def everything(model):
     return awp(with_stream(method, smoothing=0.1, num_classes=10))
 
 
+def scheduled(model):
+    """L2 before Linf, with a growing number of steps."""
+    threat, steps = in_turn([l2(0.5), linf(0.1)], [2]), growing(1, 2, 4)
+    return lambda step: madry(model, threat(step), variable_pgd(steps(step), 0.7))
+
+
 METHODS = {
     "standard": Row(lambda model: standard(model), quick=True),
     "standard, smoothed": Row(lambda model: standard(model, outer=smoothed(0.1))),
@@ -135,6 +143,11 @@ METHODS = {
     "maximum over norms": Row(lambda model: maximum(model, BALLS, SHORT)),
     "msd": Row(lambda model: msd(model, BALLS, num_steps=2, step_sizes=(0.5, 0.5))),
     "eat": Row(lambda model: eat(model, BALLS, SHORT)),
+    "gradient penalty": Row(lambda model: gradient_penalty(model, linf(0.1))),
+    "gradient penalty, by differences": Row(
+        lambda model: gradient_penalty(model, l2(0.5), difference=0.1, bn_mode="batch"),
+    ),
+    "curriculum": Row(lambda model: curriculum(scheduled(model))),
     # scripts/new_method adds rows above this line.
 }
 EVERY = pytest.mark.parametrize("name", METHODS)
