@@ -34,10 +34,11 @@ from robustjax.attacks.gradient import (
 from robustjax.attacks.noise import noise
 from robustjax.attacks.pgd import adam, fgsm, momentum, pgd
 from robustjax.attacks.square import square
+from robustjax.evaluation.attack import attack
 from robustjax.evaluation.checks import ModelWarning
 from robustjax.evaluation.curves import Curve, minimal_norm_curve, sweep_curve
 from robustjax.evaluation.report import Report, ThreatReport
-from robustjax.evaluation.runner import attack, evaluate
+from robustjax.evaluation.runner import evaluate
 from robustjax.gradients import bpda, eot, score_and_grad
 from robustjax.norms import L0, L1, L2, AnyOf, Linf, Norm
 from robustjax.problems import (

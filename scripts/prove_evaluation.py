@@ -87,6 +87,7 @@ def one(case: str, suite: str, seed: int, options: argparse.Namespace) -> dict:
         "ours": report.robust_accuracy,
         "missed": int((report.robust & ~known["robust"]).sum()),
         "extra": known["index"][extra].tolist(),
+        "extra_by": found.broken_by_name[extra].tolist(),
         "agreement": float((report.robust == known["robust"]).mean()),
         "passes": counted / official,
         "executed": executed / counted,

@@ -13,6 +13,7 @@ from robustjax.attacks import fab
 from robustjax.evaluation import checks, runner
 from robustjax.evaluation.board import Board
 from robustjax.evaluation.driver import Driver, Model, Stage, judge, ladder
+from robustjax.evaluation.prepare import clean_logits, predicted, prepare_model
 from robustjax.threats import ThreatModel
 from robustjax.types import Array, Key
 
@@ -158,7 +159,7 @@ def _curve(epsilon: np.ndarray, distance: np.ndarray) -> Curve:
 
 def _board(logits_fn, x, y, threat, key, batch_size, index) -> Board:
     x, y, index = checks.check_inputs(x, y, threat, index, batch_size)
-    f, looped = runner.prepare_model(logits_fn, x, y, batch_size)
+    f, looped = prepare_model(logits_fn, x, y, batch_size)
     key_judge, key_attack = jax.random.split(checks.check_key(key))
     driver = Driver(
         Model(f, jnp.float32(1)),
@@ -168,7 +169,7 @@ def _board(logits_fn, x, y, threat, key, batch_size, index) -> Board:
         None,
         key_judge[None],
     )
-    logits = runner.clean_logits(driver, x, np.argsort(index, kind="stable"))
+    logits = clean_logits(driver, x, np.argsort(index, kind="stable"))
     ones = np.ones(len(y), np.float32)
-    prediction = runner.predicted(logits)
+    prediction = predicted(logits)
     return Board(driver, x, y, index, ones, logits, prediction, key_attack)

@@ -1,41 +1,26 @@
-"""The runner: from a logits function and N examples to adversarial ones, judged.
-
-`attack` runs one attack, `evaluate` several and judges them. Both check their inputs,
-compile once for each shape, and pad the last batch.
-"""
+"""The runner: from a logits function and N examples to judged adversarial ones."""
 
 import dataclasses
 import functools
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robustjax import threats
-from robustjax.attacks.base import AttackFn, Result
-from robustjax.attacks.pgd import fgsm, pgd
+from robustjax.attacks.base import AttackFn
 from robustjax.evaluation import checks as inputs
 from robustjax.evaluation import fast, strong, suites
+from robustjax.evaluation.attack import PGD
 from robustjax.evaluation.binarization import binarization_test
 from robustjax.evaluation.binarization import flag as binarization_flag
 from robustjax.evaluation.board import Board, Enough, clean_margin
 from robustjax.evaluation.doctor import after, chosen, doctor, usual_scale
-from robustjax.evaluation.driver import (
-    Driver,
-    Model,
-    OneShot,
-    Stage,
-    judge,
-    ladder,
-    pad,
-    plan,
-)
+from robustjax.evaluation.driver import Driver, Model, OneShot, Stage, ladder
+from robustjax.evaluation.last_pass import last_pass, randomized
 from robustjax.evaluation.ledger import (
     Ledger,
     code_digest,
@@ -43,84 +28,59 @@ from robustjax.evaluation.ledger import (
     model_digest,
     tree_digest,
 )
-from robustjax.evaluation.report import Report, StageCost, ThreatReport
-from robustjax.evaluation.suites import standard_passes
-from robustjax.logging import LiveLine, duration
-from robustjax.losses import cross_entropy
+from robustjax.evaluation.live import Live
+from robustjax.evaluation.prepare import (
+    clean_logits,
+    of_rows,
+    predicted,
+    prepare_model,
+)
+from robustjax.evaluation.report import Report, ThreatReport
 from robustjax.models.canonical import canonicalize
 from robustjax.norms import L0
-from robustjax.parallel import fetch
-from robustjax.problems import takes_key, untargeted
 from robustjax.threats import ThreatModel
-from robustjax.types import Array, Key, LossFn
-
-# jit knows a function by its identity: made once, so that each is compiled once.
-PGD = pgd(40)
-FGSM = fgsm()
+from robustjax.types import Array, Key
 
 
-def attack(
-    logits_fn: Callable[..., Array],
-    x: Any,
-    y: Any,
-    threat: ThreatModel,
-    attack_fn: AttackFn = PGD,
-    *,
-    loss: LossFn = cross_entropy,
-    key: Key | None = None,
-    batch_size: int = 256,
-    index: Any = None,
-) -> Result:
-    """Attack N examples: the shortest way from a model to adversarial examples.
+class _Findings(NamedTuple):
+    """What the checks said: flags, what each measured, passes."""
 
-    Args:
-      logits_fn: `f(x)` or `f(x, key)`, inputs `[B, ...]` to logits `[B, K]`. Best a
-        `jax.tree_util.Partial` over its weights, as `robustjax.models.logits_fn`
-        returns: then another checkpoint does not compile again.
-      x: `[N, ...]` inputs in the box of `threat`, for images [0, 1].
-      y: `[N]` integer labels.
-      threat: `linf(8 / 255)`, `l2(0.5)`, `l1(12.0)`, `l0(20)`, ...; its epsilon may be
-        an array `[N]`.
-      attack_fn: the attack, PGD-40 by default. Make it once: a new `pgd()` compiles
-        anew.
-      loss: `(logits, y) -> [B]`, what the attack raises.
-      key: `jax.random.key(0)` by default.
-      batch_size: examples at once; changes speed and memory, not the result (but for
-        the rounding of sums, and for random models: they draw by position).
-      index: `[N]` integers, which example of its data set each row is. Give it when you
-        attack a subset or another order: the same example then draws the same noise.
+    flags: list[inputs.Flag]
+    measured: dict[str, Any]
+    passes: int
 
-    Returns:
-      `Result` for all N rows: `x_adv`, `success` (the prediction differs from `y`),
-      `size`, `score`.
+    def add(self, news: Sequence[inputs.Flag]) -> None:
+        """Warn of what is new and keep it."""
+        known = {flag.name for flag in self.flags}
+        news = [flag for flag in news if flag.name not in known]
+        inputs.warn(news)
+        self.flags.extend(news)
 
-    Raises:
-      TypeError, ValueError: for bad inputs; see `robustjax.evaluation.checks`.
 
-    >>> import jax.numpy as jnp, robustjax as rj
-    >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
-    >>> x, y = jnp.array([[0.6, 0.5], [0.9, 0.1]]), jnp.array([0, 0])
-    >>> rj.attack(logits_fn, x, y, rj.linf(0.1)).success.tolist()
-    [True, False]
+class _Task(NamedTuple):
+    """What is the same under every threat model.
+
+    driver:    its threat and scale are set by `_under`.
+    x, y, index, logits, prediction: `[N, ...]`; logits as the model gives them.
+    suite, suite_name: how survivors are attacked.
+    extra:     name -> the user's own attack.
     """
-    x, y, index = inputs.check_inputs(x, y, threat, index, batch_size)
-    key = inputs.check_key(key)
-    inputs.check_attack_fn(attack_fn)
-    f = _prepare(logits_fn, x, y, batch_size)
-    results = []
-    for rows, count, padded in _batches(len(x), batch_size):
-        here = _of_rows(threat, rows)
-        if np.ndim(here.epsilon):
-            here = dataclasses.replace(here, epsilon=pad(here.epsilon, padded))
-        arrays = [pad(array[rows], padded) for array in (x, y, index)]
-        result = _attack_batch(attack_fn, loss, f, *arrays, here, key)
-        results.append(jax.tree.map(lambda a, n=count: np.asarray(a)[:n], result))
-    return jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts)), *results)
 
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _attack_batch(attack_fn, loss, f, x, y, index, threat, key):
-    return attack_fn(key, untargeted(f, x, y, threat, loss, index=index))
+    driver: Driver
+    x: np.ndarray
+    y: np.ndarray
+    index: np.ndarray
+    logits: np.ndarray
+    prediction: np.ndarray
+    suite: Any
+    suite_name: str | None
+    extra: dict[str, AttackFn]
+    key: Key
+    axes: str | None
+    individual: bool
+    stop_below: float | None
+    resume: Path | None
+    live: Live
 
 
 def evaluate(
@@ -194,21 +154,7 @@ def evaluate(
     named = dict(threat) if isinstance(threat, Mapping) else {"threat": threat}
     extra = _named_attacks(attacks)
     run_suite, suite_name = _chosen(suite)
-    if not named:
-        raise ValueError("threat is empty: pass at least one.")
-    if run_suite is None and not extra:
-        raise ValueError(
-            "suite is None and attacks is empty: pass at least one attack."
-        )
-    if run_suite is not None:
-        for name, t in named.items():
-            if isinstance(getattr(t, "norm", None), L0):
-                raise ValueError(
-                    f"threat {name!r} is L0, for which suite={suite_name!r} has no "
-                    "attacks: pass suite=None and attacks={'PGD': pgd()}."
-                )
-    if checks not in CHECKS:
-        raise ValueError(f"checks={checks!r}: choose 'default', 'full' or 'none'.")
+    _check_request(named, run_suite, suite_name, extra, checks)
     for t in named.values():
         x, y, index = inputs.check_inputs(x, y, t, index, batch_size)
     x = x.astype(np.float32)
@@ -222,120 +168,35 @@ def evaluate(
     f, looped = prepare_model(logits_fn, x, y, batch_size)
     shapes = ladder(batch_size, len(x), 1 if mesh is None else mesh.size)
     first = next(iter(named.values()))
-    driver = Driver(
-        Model(f, jnp.float32(1)), first, shapes, looped, mesh, key_judge[None]
+    model = Model(f, jnp.float32(1))
+    driver = Driver(model, first, shapes, looped, mesh, key_judge[None])
+    logits = clean_logits(driver, x, np.argsort(index, kind="stable"))
+    task = _Task(
+        driver,
+        *(x, y, index, logits, predicted(logits)),
+        *(run_suite, suite_name, extra, key_attacks, axes),
+        # Beside a suite they are further attacks of the sequence.
+        individual and run_suite is None,
+        stop_below,
+        None if resume is None else Path(resume),
+        Live(progress),
     )
-    order = np.argsort(index, kind="stable")
-    logits = clean_logits(driver, x, order)
-    prediction = predicted(logits)
-    flags: list[inputs.Flag] = []
-    measured: dict[str, Any] = {}
-    check_passes = 0
-    for name, t in named.items() if checks != "none" else ():
-        diagnosis = doctor(
-            f,
-            *(x, y, t, index, key_checks),
-            image_axes=axes or "HWC",
-            passes=CHECKED_PART * standard_passes(logits, int((prediction == y).sum())),
-            looped=looped,
-        )
-        check_passes += diagnosis.passes
-        prefix = f"{name}: " if len(named) > 1 else ""
-        measured |= {prefix + check: seen for check, seen in diagnosis.checks.items()}
-        known = {flag.name for flag in flags}
-        raised = list(diagnosis.flags)
-        if checks == "full":
-            tested = binarization(f, x, t, index, key_checks, features_fn)
-            measured[f"{prefix}binarization test"], more = tested
-            raised += more
-        news = [flag for flag in raised if flag.name not in known]
-        news = [flag._replace(message=prefix + flag.message) for flag in news]
-        inputs.warn(news)
-        flags += news
-    random = suite_name == "rand" or any(flag.name == "random" for flag in flags)
+    found = _Findings([], {}, 0)
+    if checks != "none":
+        found = _examine(task, named, checks == "full", key_checks, features_fn)
+    random = suite_name == "rand" or any(flag.name == "random" for flag in found.flags)
     if random:
-        driver = driver._replace(keys=jax.random.split(key_judge, NUM_PASSES))
-    live = _Live(progress)
+        keys = jax.random.split(key_judge, NUM_PASSES)
+        task = task._replace(driver=driver._replace(keys=keys))
     reports: dict[str, ThreatReport] = {}
-    randomized = []
+    passes = []
     for name, t in named.items():
-        scale = 1.0
-        if suite_name in RESCALED:
-            scale = usual_scale(clean_margin(logits, y)[prediction == y])
-        epsilon = np.broadcast_to(np.asarray(t.epsilon, np.float32), y.shape)
-        ledger = None
-        if resume is not None:
-            header = {
-                "model": model_digest(f, x),
-                "x": digest(x[order]),
-                "y": digest(y[order]),
-                "index": digest(index[order]),
-                "threat": f"{t.norm} {digest(epsilon[order], t.lower, t.upper)}",
-                "suite": f"{suite_name} {', '.join(extra)} {axes} scale {scale:g}",
-                "key": tree_digest(key_attacks),
-                "rows": f"{shapes}, {len(driver.keys)} judging",
-                "machine": _machine(),
-                "code": code_digest(),
-            }
-            ledger = Ledger(Path(resume) / _folder(name), header, logits[order])
-        here = driver._replace(
-            model=Model(f, jnp.float32(scale)),
-            threat=dataclasses.replace(t, epsilon=0.0),
-        )
-        board = Board(
-            here,
-            x,
-            y,
-            index,
-            epsilon,
-            scale * logits,
-            prediction,
-            key_attacks,
-            image_axes=axes,
-            ledger=ledger,
-            points=suite_name in RESCALED,
-            stop_below=stop_below,
-            on_stage=functools.partial(live.stage, name if len(named) > 1 else ""),
-        )
-        notes = ()
-        try:
-            if run_suite is not None:
-                notes = run_suite(board) or ()
-            # Beside a suite they are further attacks of the sequence.
-            individual = individual and run_suite is None
-            for attack_name, attack_fn in extra.items():
-                if attack_name in board.costs:  # a stage of the suite is called so
-                    attack_name = f"{attack_name} (own)"
-                shot = Stage(
-                    attack_name,
-                    OneShot(attack_fn),
-                    (),
-                    1,
-                    forward=0,
-                    backward=0,
-                    raw=True,
-                )
-                everyone = board.ordered(np.flatnonzero(board.correct))
-                board.run(shot, everyone if individual else None)
-        except Enough:
-            notes = (f"Stopped: robust accuracy fell below {stop_below:g}.",)
-        reports[name], correct = _report(board, t, tuple(notes), individual)
-        news = [] if individual or checks == "none" else after(board.broken_by)
-        news = [flag for flag in news if flag.name not in {f.name for f in flags}]
-        inputs.warn(news)
-        flags += news
-        if random:
-            randomized.append(correct)
-        if board.refused.any():
-            flag = inputs.Flag(
-                "points outside the threat model",
-                f"adversarial points of {board.refused.sum()} examples were refused: "
-                "they lie outside ball or box. An attack that leaves them is weaker "
-                "than it could be.",
-            )
-            inputs.warn([flag])
-            flags.append(flag)
-        live.note(f"{name}: {reports[name].robust_accuracy:.4f} robust")
+        prefix = name if len(named) > 1 else ""
+        reports[name], correct, news = _under(task, name, t, prefix)
+        passes.append(correct)
+        skipped = task.individual or checks == "none"
+        found.add([n for n in news if not skipped or n.name == OUTSIDE])
+        task.live.note(f"{name}: {reports[name].robust_accuracy:.4f} robust")
     config = {
         "suite": suite_name,
         "attacks": list(extra),
@@ -351,16 +212,150 @@ def evaluate(
     return Report(
         y,
         index,
-        prediction,
+        task.prediction,
         reports,
-        flags,
+        found.flags,
         config,
         x=x,
         suite=suite_name,
-        checks=measured or None,
-        check_passes=check_passes,
-        randomized=_randomized(randomized) if random else None,
+        checks=found.measured or None,
+        check_passes=found.passes,
+        randomized=randomized(passes) if random else None,
     )
+
+
+def _check_request(
+    named: Mapping[str, ThreatModel],
+    run_suite: Any,
+    suite_name: str | None,
+    extra: Mapping[str, AttackFn],
+    checks: str,
+) -> None:
+    if not named:
+        raise ValueError("threat is empty: pass at least one.")
+    if run_suite is None and not extra:
+        raise ValueError(
+            "suite is None and attacks is empty: pass at least one attack."
+        )
+    for name, t in named.items() if run_suite is not None else ():
+        if isinstance(getattr(t, "norm", None), L0):
+            raise ValueError(
+                f"threat {name!r} is L0, for which suite={suite_name!r} has no "
+                "attacks: pass suite=None and attacks={'PGD': pgd()}."
+            )
+    if checks not in CHECKS:
+        raise ValueError(f"checks={checks!r}: choose 'default', 'full' or 'none'.")
+
+
+def _examine(
+    task: _Task,
+    named: Mapping[str, ThreatModel],
+    full: bool,
+    key: Key,
+    features_fn: Callable[..., Array] | None,
+) -> _Findings:
+    """The checks of the model, under each threat."""
+    f = task.driver.model.logits_fn
+    survivors = int((task.prediction == task.y).sum())
+    passes = CHECKED_PART * suites.standard_passes(task.logits, survivors)
+    found = _Findings([], {}, 0)
+    for name, t in named.items():
+        diagnosis = doctor(
+            f,
+            *(task.x, task.y, t, task.index, key),
+            image_axes=task.axes or "HWC",
+            passes=passes,
+            looped=task.driver.looped,
+        )
+        found = found._replace(passes=found.passes + diagnosis.passes)
+        prefix = f"{name}: " if len(named) > 1 else ""
+        seen, raised = dict(diagnosis.checks), list(diagnosis.flags)
+        if full:
+            seen["binarization test"], more = binarization(
+                f, task.x, t, task.index, key, features_fn
+            )
+            raised += more
+        found.measured.update({prefix + check: s for check, s in seen.items()})
+        found.add([r._replace(message=prefix + r.message) for r in raised])
+    return found
+
+
+def _under(
+    task: _Task, name: str, t: ThreatModel, prefix: str
+) -> tuple[ThreatReport, np.ndarray, list[inputs.Flag]]:
+    """Suite and own attacks under one threat: the report, the judge's verdicts
+    `[P, N]` on the last points, and what is doubtful."""
+    scale = 1.0
+    if task.suite_name in RESCALED:
+        right = task.prediction == task.y
+        scale = usual_scale(clean_margin(task.logits, task.y)[right])
+    epsilon = np.broadcast_to(np.asarray(t.epsilon, np.float32), task.y.shape)
+    model = task.driver.model._replace(scale=jnp.float32(scale))
+    board = Board(
+        task.driver._replace(model=model, threat=dataclasses.replace(t, epsilon=0.0)),
+        *(task.x, task.y, task.index),
+        epsilon,
+        scale * task.logits,
+        task.prediction,
+        task.key,
+        image_axes=task.axes,
+        ledger=_ledger(task, name, t, epsilon, scale),
+        points=task.suite_name in RESCALED,
+        stop_below=task.stop_below,
+        on_stage=functools.partial(task.live.stage, prefix),
+    )
+    notes: Sequence[str] = ()
+    try:
+        if task.suite is not None:
+            notes = task.suite(board) or ()
+        for attack_name, attack_fn in task.extra.items():
+            if attack_name in board.costs:  # a stage of the suite is called so
+                attack_name = f"{attack_name} (own)"
+            shot = Stage(
+                attack_name,
+                OneShot(attack_fn),
+                (),
+                1,
+                forward=0,
+                backward=0,
+                raw=True,
+            )
+            everyone = board.ordered(np.flatnonzero(board.correct))
+            board.run(shot, everyone if task.individual else None)
+    except Enough:
+        notes = (f"Stopped: robust accuracy fell below {task.stop_below:g}.",)
+    report, correct = last_pass(board, t, tuple(notes), task.individual)
+    news = list(after(board.broken_by))
+    if board.refused.any():
+        message = (
+            f"adversarial points of {board.refused.sum()} examples were refused: they "
+            "lie outside ball or box. An attack that leaves them is weaker than it "
+            "could be."
+        )
+        news.append(inputs.Flag(OUTSIDE, message))
+    return report, correct, news
+
+
+def _ledger(
+    task: _Task, name: str, t: ThreatModel, epsilon: np.ndarray, scale: float
+) -> Ledger | None:
+    if task.resume is None:
+        return None
+    order = np.argsort(task.index, kind="stable")
+    driver, extra = task.driver, ", ".join(task.extra)
+    header = {
+        "model": model_digest(driver.model.logits_fn, task.x),
+        "x": digest(task.x[order]),
+        "y": digest(task.y[order]),
+        "index": digest(task.index[order]),
+        "threat": f"{t.norm} {digest(epsilon[order], t.lower, t.upper)}",
+        "suite": f"{task.suite_name} {extra} {task.axes} scale {scale:g}",
+        "key": tree_digest(task.key),
+        "rows": f"{driver.shapes}, {len(driver.keys)} judging",
+        "machine": _machine(),
+        "code": code_digest(),
+    }
+    return Ledger(task.resume / _folder(name), header, task.logits[order])
 
 
 SUITES: dict[str, Any] = {
@@ -371,6 +366,7 @@ SUITES: dict[str, Any] = {
     "rand": suites.rand,
 }
 RESCALED = ("fast", "strong")
+OUTSIDE = "points outside the threat model"
 CHECKS = ("default", "full", "none")
 CHECKED_PART = 0.01
 NUM_BINARIZED = 32
@@ -387,7 +383,7 @@ def binarization(
     """The binarization test with PGD-40 on 32 examples: what was seen, and flags."""
     take = chosen(index)[:NUM_BINARIZED]
     features = f if features_fn is None else canonicalize(features_fn)
-    few = _of_rows(threat, take)
+    few = of_rows(threat, take)
     found = binarization_test(features, x[take], few, PGD, key, index=index[take])
     flag = binarization_flag(found)
     count = int(found.tested.sum())
@@ -447,158 +443,3 @@ def _machine() -> str:
 
 def _folder(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-
-
-@jax.jit
-def _clean(model, x, key):
-    with jax.default_matmul_precision("highest"):
-        return model.logits_fn(x, key).astype(jnp.float32)
-
-
-def clean_logits(driver: Driver, x: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """`[N, K]` logits of clean examples, at the judge's precision."""
-    logits, begin = None, 0
-    for shape in plan(len(x), driver.shapes):
-        take = order[begin : begin + shape]
-        here = driver.put(pad(x[take], shape))
-        found = fetch(_clean(driver.model, here, driver.keys[0]))
-        if logits is None:
-            logits = np.zeros((len(x), found.shape[1]), np.float32)
-        logits[take] = found[: len(take)]
-        begin += shape
-    assert logits is not None
-    return logits
-
-
-def predicted(logits: np.ndarray) -> np.ndarray:
-    """`[N]` int32 predictions; -1 where a logit is NaN."""
-    return np.where(np.isnan(logits).any(1), -1, logits.argmax(1)).astype(np.int32)
-
-
-def _report(
-    board: Board, threat: ThreatModel, notes: tuple[str, ...], individual: bool
-) -> tuple[ThreatReport, np.ndarray]:
-    """The last pass over all points, and the threat's report."""
-    order = board.ordered(np.arange(len(board.y)))
-    verdict = judge(
-        board.driver,
-        *(a[order] for a in (board.x, board.y, board.epsilon, board.x_adv)),
-    )
-    back = np.argsort(order, kind="stable")
-    wrong, prediction = verdict.wrong[back], verdict.prediction[back]
-    # What the last pass finds wrong is broken, whatever the stages said of it.
-    late = board.alive & wrong
-    if late.any():
-        board.alive &= ~late
-        board.broken_by["last pass"] = late
-    flipped = board.correct & ~board.alive & ~wrong
-    size = np.asarray(
-        threats.size(threat, jnp.asarray(board.x_adv) - jnp.asarray(board.x))
-    )
-    costs = tuple(
-        StageCost(name, cost.points, cost.broken, *cost.passes, cost.seconds)
-        for name, cost in board.costs.items()
-    )
-    found = ThreatReport(
-        float(np.mean(board.epsilon)),
-        board.broken_by,
-        board.alive.copy(),
-        board.x_adv,
-        size,
-        norm=str(type(threat.norm).__name__),
-        adv_prediction=prediction,
-        margin=board.margin / np.float32(board.driver.model.scale),
-        stages=costs,
-        flipped=tuple(int(i) for i in board.index[flipped]),
-        unconfirmed=tuple(int(i) for i in board.index[board.doubted & board.alive]),
-        notes=notes,
-        further=board.further,
-        rank=board.rank,
-        individual=individual,
-        epsilons=board.epsilon if np.ndim(threat.epsilon) else None,
-    )
-    return found, verdict.correct[:, back] & board.correct
-
-
-def _randomized(correct: list[np.ndarray]) -> dict[str, Any]:
-    """Accuracy of a random model under all threats, over passes, with an interval."""
-    passes = np.logical_and.reduce(correct).mean(1)
-    mean = float(passes.mean())
-    half = 1.96 * float(passes.std(ddof=1)) / np.sqrt(len(passes))
-    return {
-        "passes": len(passes),
-        "robust_accuracy_mean": mean,
-        "low": max(0.0, mean - half),
-        "high": min(1.0, mean + half),
-    }
-
-
-class _Live:
-    """The evaluation's live line: which stage, how far, how many are left, how long."""
-
-    def __init__(self, progress: bool):
-        self.line = LiveLine(sys.stderr if progress else None)
-        self.began, self.last = time.monotonic(), ("", 0.0, 0)
-
-    def stage(self, threat: str, name: str, done: int, steps: int, alive: int) -> None:
-        now = time.monotonic()
-        if self.last[0] != name or done < self.last[2]:
-            self.last = (name, now, 0)
-        began = self.last[1]
-        self.last = (name, began, done)
-        left = (now - began) / max(done, 1) * max(steps - done, 0)
-        text = f"{threat} {name}: step {done} of {steps}, {alive} left".strip()
-        spent = duration(now - self.began)
-        self.line.update(
-            f"{text}, about {duration(left)} for this run ({spent} so far)"
-        )
-
-    def note(self, text: str) -> None:
-        self.line.note(f"{text}, took {duration(time.monotonic() - self.began)}")
-
-
-def _prepare(
-    logits_fn: Callable[..., Array], x: np.ndarray, y: np.ndarray, batch_size: int
-) -> Any:
-    return prepare_model(logits_fn, x, y, batch_size)[0]
-
-
-def prepare_model(
-    logits_fn: Callable[..., Array], x: np.ndarray, y: np.ndarray, batch_size: int
-) -> tuple[Any, bool]:
-    """The model as a pytree called `f(x, key)`, its answer's shape checked; and whether
-    steps may run in a loop of the compiled program."""
-    if not callable(logits_fn):
-        raise TypeError(
-            f"logits_fn is a {type(logits_fn).__name__}: pass a function f(x) that "
-            "returns logits, such as robustjax.models.logits_fn(model, params, extra)."
-        )
-    f = logits_fn
-    if not isinstance(f, jax.tree_util.Partial):
-        f = jax.tree_util.Partial(f)
-    if not takes_key(f):
-        f = jax.tree_util.Partial(_without_key, f)
-    rows = min(batch_size, len(x))
-    shape = jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
-    inputs.check_logits(jax.eval_shape(f, shape, jax.random.key(0)), y, rows)
-    looped = inputs.note_costs(f, shape)
-    # On CPU an ordinary convolution inside an attack's loop is 10 times slower.
-    return canonicalize(f), looped
-
-
-def _without_key(f: Callable[..., Array], x: Array, key: Key | None = None) -> Array:
-    return f(x)
-
-
-def _batches(size: int, batch_size: int) -> Iterator[tuple[slice, int, int]]:
-    """Slices of equal shape over `size` rows: `(rows, how many count, padded to)`."""
-    padded = min(batch_size, size)
-    for begin in range(0, size, padded):
-        yield slice(begin, begin + padded), min(padded, size - begin), padded
-
-
-def _of_rows(threat: ThreatModel, rows: Any) -> ThreatModel:
-    """The threat of some rows, where each row has an epsilon of its own."""
-    if np.ndim(threat.epsilon) == 0:
-        return threat
-    return dataclasses.replace(threat, epsilon=np.asarray(threat.epsilon)[rows])

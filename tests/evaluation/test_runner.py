@@ -9,12 +9,14 @@ import pytest
 
 import robustjax as rj
 from robustjax import testing
-from robustjax.evaluation import runner
+from robustjax.attacks.pgd import fgsm
+from robustjax.evaluation.attack import PGD, _attack_batch
 
 ORACLE = testing.linear_oracle("Linf", batch_size=10, box_active=True, seed=3)
 QUIET = {"progress": False, "checks": "none"}
 # Two attacks, each on everybody: cheaper to compile than a suite.
-SINGLE = {"suite": None, "attacks": {"FGSM": runner.FGSM, "PGD-40": runner.PGD}}
+FGSM = fgsm()
+SINGLE = {"suite": None, "attacks": {"FGSM": FGSM, "PGD-40": PGD}}
 SINGLE |= {"individual": True, **QUIET}
 
 
@@ -163,9 +165,9 @@ def test_two_checkpoints_share_one_program():
         return x @ w
 
     attack_fn = rj.pgd(3)
-    before = runner._attack_batch._cache_size()
+    before = _attack_batch._cache_size()
     for seed in range(3):
         w = jax.random.normal(jax.random.key(seed), (12, 2))
         f = jax.tree_util.Partial(linear, w)
         rj.attack(f, ORACLE.x, ORACLE.y, rj.linf(0.01 * (seed + 1)), attack_fn)
-    assert runner._attack_batch._cache_size() == before + 1
+    assert _attack_batch._cache_size() == before + 1
