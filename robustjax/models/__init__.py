@@ -17,4 +17,7 @@ from robustjax.models.madry_mnist import madry_mnist as madry_mnist
 from robustjax.models.madry_mnist import small_cnn as small_cnn
 from robustjax.models.mlp import mlp as mlp
 from robustjax.models.resnet import preact_resnet18 as preact_resnet18
+from robustjax.models.vit import vit as vit
+from robustjax.models.vit import vit_base as vit_base
+from robustjax.models.vit import vit_small as vit_small
 from robustjax.models.wide_resnet import wide_resnet as wide_resnet

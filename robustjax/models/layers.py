@@ -193,7 +193,8 @@ class Dense(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         out = x.astype(self.dtype) @ kernel.astype(self.dtype)
-        return out + bias.astype(self.dtype).reshape(1, -1)
+        shape = (1,) * (out.ndim - 1) + (-1,)
+        return out + bias.astype(self.dtype).reshape(shape)
 
 
 class BatchNorm(nn.Module):

@@ -33,6 +33,10 @@ def test_sizes_are_the_published_ones():
     assert parameters(models.wide_resnet(28, 10), image) == 36_479_194
     assert round(parameters(models.wide_resnet(40, 4), image) / 1e5) == 89
     assert parameters(models.madry_mnist(), (1, 28, 28, 1)) == 3_274_634
+    # timm's vit_base_patch16_224 and vit_small_patch16_224.
+    large = (1, 224, 224, 3)
+    assert parameters(models.vit_base(pool="token"), large) == 86_567_656
+    assert parameters(models.vit_small(pool="token"), large) == 22_050_664
 
 
 MODELS = {
@@ -44,6 +48,7 @@ MODELS = {
         {"width": 1, "activation": "silu", "batch_groups": 2},
     ),
     "wide_resnet": (models.wide_resnet, {"depth": 10, "widen_factor": 1}),
+    "vit": (models.vit, {"patch_size": 4, "width": 8, "depth": 1, "num_heads": 2}),
 }
 
 
@@ -70,7 +75,7 @@ def test_logits_are_float32_in_both_precisions_and_convolutions_agree(name):
     exact, _ = jit(model.apply)(params, extra, x)
     assert rough.dtype == jnp.float32 and not np.array_equal(rough, exact)
     np.testing.assert_allclose(rough, exact, atol=0.1 * float(jnp.abs(exact).max()))
-    if name != "mlp":  # the switch to forward mode takes the same weights
+    if name not in ("mlp", "vit"):  # the switch to forward mode takes the same weights
         plain = build(mean=(0.5,), std=(0.25, 0.2, 0.3), convolution="plain")
         value, tangent = jit(
             lambda x: jax.jvp(lambda x: plain.apply(params, extra, x)[0], (x,), (x,))
