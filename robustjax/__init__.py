@@ -31,14 +31,22 @@ from robustjax.attacks.gradient import (
     sparse_steepest,
     steepest,
 )
+from robustjax.attacks.input_transforms import (
+    input_diversity,
+    translation_invariant,
+)
 from robustjax.attacks.noise import noise
 from robustjax.attacks.pgd import adam, fgsm, momentum, pgd
 from robustjax.attacks.square import square
+from robustjax.certify.bracket import Bracket, CrossingError, bracket
+from robustjax.certify.radius import certified_radius
+from robustjax.certify.trace import trace
 from robustjax.evaluation.attack import attack
 from robustjax.evaluation.checks import ModelWarning
 from robustjax.evaluation.curves import Curve, minimal_norm_curve, sweep_curve
 from robustjax.evaluation.report import Report, ThreatReport
 from robustjax.evaluation.runner import evaluate
+from robustjax.evaluation.transfer import TransferMatrix, transfer_matrix
 from robustjax.gradients import bpda, eot, score_and_grad
 from robustjax.norms import L0, L1, L2, AnyOf, Linf, Norm
 from robustjax.problems import (
@@ -75,6 +83,10 @@ __all__ = [
     "AttackFn",
     "Batch",
     "bpda",
+    "Bracket",
+    "bracket",
+    "certified_radius",
+    "CrossingError",
     "Curve",
     "eot",
     "evaluate",
@@ -84,6 +96,7 @@ __all__ = [
     "gradient_ascent",
     "GradientState",
     "Info",
+    "input_diversity",
     "is_feasible",
     "l0",
     "L0",
@@ -126,6 +139,10 @@ __all__ = [
     "threat",
     "ThreatModel",
     "ThreatReport",
+    "trace",
+    "transfer_matrix",
+    "TransferMatrix",
+    "translation_invariant",
     "untargeted",
     "worst",
 ]

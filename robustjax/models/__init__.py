@@ -13,6 +13,7 @@ from robustjax.models.deepmind import dm_wide_resnet as dm_wide_resnet
 from robustjax.models.layers import average_pool as average_pool
 from robustjax.models.layers import max_pool as max_pool
 from robustjax.models.layers import normalize as normalize
+from robustjax.models.lipschitz import lipschitz_net as lipschitz_net
 from robustjax.models.madry_mnist import madry_mnist as madry_mnist
 from robustjax.models.madry_mnist import small_cnn as small_cnn
 from robustjax.models.mlp import mlp as mlp
