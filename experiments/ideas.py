@@ -6,18 +6,22 @@ docs/results.md, and one printed line for each claim, held or not.
 
 import dataclasses
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 import robustjax as rj
 from experiments import common
 from robustjax import data, models
 from robustjax.methods.base import Method
 from robustjax.training import optimizers
-from robustjax.training.loop import fit
+from robustjax.training.loop import Validate, fit
+from robustjax.types import Batch
 
 
 class Claim(NamedTuple):
@@ -97,6 +101,8 @@ def train(
     batch_size: int = 64,
     peak: float = 5e-3,
     seed: int = 0,
+    validate: Validate | None = None,
+    epochs_per_checkpoint: int = 20,
 ) -> tuple[rj.LogitsFn, Any]:
     """One small net by one method: Adam, one cycle; goes on where it stopped.
 
@@ -105,6 +111,8 @@ def train(
       model, method, train_set: what is trained, how, and on what.
       config: what decides the training, compared on resume.
       num_epochs, batch_size, peak, seed: the recipe; `peak` is the learning rate.
+      validate, epochs_per_checkpoint: what is measured on the way, and how often. The
+        weights of the end are returned, not those that `validate` likes best.
 
     Returns:
       Its logits function and `fit`'s result.
@@ -121,8 +129,33 @@ def train(
         batch_size=batch_size,
         num_steps=steps,
         steps_per_dispatch=per_epoch,
-        checkpoint_every=20 * per_epoch,
+        checkpoint_every=epochs_per_checkpoint * per_epoch,
+        validate=validate,
         out=Path(out) / name,
         config={**config, "name": name, "peak": peak},
     )
-    return models.logits_fn(model, found.params, found.extra), found
+    return models.logits_fn(model, found.state.params, found.state.extra), found
+
+
+def step_seconds(
+    model: models.Model,
+    method: Method,
+    train_set: data.Resident,
+    *,
+    batch_size: int = 64,
+    repeats: int = 30,
+) -> float:
+    """Median seconds that a method's gradient of one batch takes, compiled."""
+    index = jnp.arange(batch_size, dtype=jnp.int32)
+    x = data.to_float(train_set.x[:batch_size], train_set.scale)
+    batch = Batch(x, train_set.y[:batch_size], index)
+    key = jax.random.key(0)
+    params, extra = model.init(key, batch.x)
+    carry = method.init(params, batch)
+    grads = jax.jit(method.grads)
+    times = []
+    for _ in range(1 + repeats):  # the first one compiles
+        began = time.monotonic()
+        jax.block_until_ready(grads(params, extra, carry, batch, jnp.int32(0), key))
+        times.append(time.monotonic() - began)
+    return float(np.median(times[1:]))
