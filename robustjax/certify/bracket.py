@@ -8,18 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robustjax import plots
 from robustjax.attacks.pgd import pgd
 from robustjax.certify.radius import certified_radius
 from robustjax.certify.trace import trace
 from robustjax.evaluation.attack import attack
+from robustjax.evaluation.checks import check_inputs
 from robustjax.evaluation.curves import minimal_norm_curve
+from robustjax.evaluation.prepare import answers, prepare_model
 from robustjax.losses import margin_loss
 from robustjax.norms import L1, L2, Linf
 from robustjax.threats import ThreatModel
 from robustjax.types import Array, Key
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 PGD = pgd(40)
 ORDERS = {Linf: np.inf, L2: 2, L1: 1}
@@ -107,19 +110,25 @@ def bracket(
     >>> found.certified.round(3).tolist(), found.found.round(2).tolist()
     ([0.05, 0.4], [0.05, 0.4])
     """
+    x, y, index = check_inputs(x, y, threat, index, batch_size)
+    x = x.astype(np.float32)
     order = ORDERS.get(type(threat.norm))
     name = type(threat.norm).__name__
     if order is None:
         raise ValueError(f"threat has the norm {name}; brackets know Linf, L2 and L1.")
-    x, y = np.asarray(x, np.float32), np.asarray(y)
     if radius is None:
         radius = certified_radius(trace(logits_fn, x), x, y, name)
     radius = np.asarray(radius, np.float64)
     if radius.shape != y.shape:
         raise ValueError(f"radius has shape {radius.shape}; give one for each of y.")
     key = jax.random.key(0) if key is None else key
-    key_pgd, key_fab = jax.random.split(key)
-    wrong = _judge(logits_fn, x, y, batch_size)
+    key_pgd, key_fab, key_judge = jax.random.split(key, 3)
+    f, _ = prepare_model(logits_fn, x, y, batch_size)
+
+    def judge(points: np.ndarray) -> np.ndarray:
+        return answers(f, points, key_judge, batch_size) != y
+
+    wrong = judge(x)
     limit = np.broadcast_to(np.asarray(threat.epsilon, np.float64), y.shape)
 
     found = np.where(wrong, 0.0, np.inf)
@@ -135,7 +144,7 @@ def bracket(
             index=index,
         ).x_adv
         x_adv = np.asarray(x_adv)
-        broken = _judge(logits_fn, x_adv, y, batch_size)
+        broken = judge(x_adv)
         delta = (x_adv.astype(np.float64) - x).reshape(len(x), -1)
         size = np.linalg.norm(delta, order, axis=1)
         found = np.where(broken, np.minimum(found, size), found)
@@ -154,24 +163,6 @@ def bracket(
     result = Bracket(name, ~wrong, np.where(wrong, 0.0, radius), found)
     check_crossing(result)
     return result
-
-
-def _judge(logits_fn: Callable, x: np.ndarray, y: np.ndarray, size: int) -> np.ndarray:
-    """Where the prediction is not y, at matmul precision `highest`."""
-    f = jax.tree_util.Partial(logits_fn)
-    parts = []
-    for i in range(0, len(x), size):
-        rows = x[i : i + size]
-        padded = np.concatenate([rows, np.repeat(rows[:1], size - len(rows), 0)])
-        parts.append(np.asarray(_logits(f, padded))[: len(rows)])
-    z = np.concatenate(parts)
-    return np.isnan(z).any(1) | (z.argmax(1) != y)
-
-
-@jax.jit
-def _logits(logits_fn: Callable, x: Array) -> Array:
-    with jax.default_matmul_precision("highest"):
-        return logits_fn(x)
 
 
 def check_crossing(found: Bracket) -> None:
@@ -195,8 +186,8 @@ def check_crossing(found: Bracket) -> None:
 
 
 def draw_bracket(
-    found: Bracket, title: str = "", figure: "Figure | None" = None
-) -> "Figure":
+    found: Bracket, title: str = "", figure: "Figure | SubFigure | None" = None
+) -> "Figure | SubFigure":
     """Certified and empirical accuracy against epsilon; between them it is unknown.
 
     Args:
@@ -207,19 +198,13 @@ def draw_bracket(
     Returns:
       The figure; `robustjax.plots.save` writes it.
     """
-    from robustjax.plots import COLORS, new_figure
-
-    figure = new_figure(4.5, 3.2) if figure is None else figure
-    axes = figure.subplots()
     finite = found.found[np.isfinite(found.found)]
     top = float(max(finite.max(initial=0), found.certified.max(initial=0))) * 1.05
     epsilon = np.linspace(0, top or 1.0, 400)
     low, high = found.accuracies(epsilon)
-    axes.fill_between(epsilon, low, high, color="#CCCCCC", label="unknown")
-    axes.plot(epsilon, high, color=COLORS[1], linewidth=2, label="attacked")
-    axes.plot(epsilon, low, color=COLORS[0], linewidth=2, label="certified")
-    axes.set(xlim=(0, epsilon[-1]), ylim=(0, 1), title=title)
-    axes.set(xlabel=f"{found.norm} budget epsilon", ylabel="accuracy")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    return figure
+    # The two may cross by the rounding that `check_crossing` allows.
+    return plots.draw_bracket(
+        *(epsilon, np.minimum(low, high), high, figure),
+        x=f"{found.norm} budget epsilon",
+        title=title,
+    )

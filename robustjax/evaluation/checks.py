@@ -202,6 +202,22 @@ def note_costs(logits_fn: Callable[..., Array], x: Any) -> bool:
     return not slow
 
 
+def check_unique(index: np.ndarray) -> None:
+    """Raise ValueError where an example is named twice.
+
+    >>> check_unique(np.array([3, 1, 3]))
+    Traceback (most recent call last):
+    ...
+    ValueError: index names 1 examples twice: give each example a number of its own.
+    """
+    twice = len(index) - len(np.unique(index))
+    if twice:
+        raise ValueError(
+            f"index names {twice} examples twice: give each example a number of its "
+            "own."
+        )
+
+
 def check_key(key: Any) -> Array:
     """The key, or `jax.random.key(0)` for None; an int or a float is refused.
 

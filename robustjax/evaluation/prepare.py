@@ -12,7 +12,7 @@ from robustjax.evaluation import checks as inputs
 from robustjax.evaluation.driver import Driver, pad, plan
 from robustjax.models.canonical import canonicalize
 from robustjax.parallel import fetch
-from robustjax.problems import takes_key
+from robustjax.problems import predictions, takes_key
 from robustjax.threats import ThreatModel
 from robustjax.types import Array, Key
 
@@ -82,3 +82,18 @@ def clean_logits(driver: Driver, x: np.ndarray, order: np.ndarray) -> np.ndarray
 def predicted(logits: np.ndarray) -> np.ndarray:
     """`[N]` int32 predictions; -1 where a logit is NaN."""
     return np.where(np.isnan(logits).any(1), -1, logits.argmax(1)).astype(np.int32)
+
+
+@jax.jit
+def _answer(f: Any, x: Array, key: Key) -> Array:
+    with jax.default_matmul_precision("highest"):
+        return predictions(f(x, key).astype(jnp.float32))
+
+
+def answers(f: Any, x: np.ndarray, key: Key, batch_size: int) -> np.ndarray:
+    """`[N]` predictions of a prepared model at matmul precision `highest`; -1: NaN."""
+    parts = [
+        np.asarray(_answer(f, pad(x[rows], padded), key))[:count]
+        for rows, count, padded in batches(len(x), batch_size)
+    ]
+    return np.concatenate(parts)

@@ -158,11 +158,7 @@ def evaluate(
     for t in named.values():
         x, y, index = inputs.check_inputs(x, y, t, index, batch_size)
     x = x.astype(np.float32)
-    if len(np.unique(index)) < len(index):
-        raise ValueError(
-            f"index names {len(index) - len(np.unique(index))} examples twice: give "
-            "each example a number of its own."
-        )
+    inputs.check_unique(index)
     axes = _axes(image_axes, x)
     key_judge, key_attacks, key_checks = jax.random.split(inputs.check_key(key), 3)
     f, looped = prepare_model(logits_fn, x, y, batch_size)

@@ -19,11 +19,9 @@ import numpy as np
 from robustjax.attacks.base import AttackFn
 from robustjax.evaluation import checks
 from robustjax.evaluation.attack import attack
-from robustjax.evaluation.driver import pad
 from robustjax.evaluation.intervals import wilson
-from robustjax.evaluation.prepare import batches, of_rows, prepare_model
+from robustjax.evaluation.prepare import answers, of_rows, prepare_model
 from robustjax.losses import cross_entropy
-from robustjax.problems import predictions
 from robustjax.threats import ThreatModel, is_feasible
 from robustjax.types import Array, Key, LossFn
 
@@ -234,11 +232,7 @@ def transfer_matrix(
     for attack_fn in attacks.values():
         checks.check_attack_fn(attack_fn)
     x, y, index = checks.check_inputs(x, y, threat, index, batch_size)
-    if len(np.unique(index)) < len(index):
-        raise ValueError(
-            f"index names {len(index) - len(np.unique(index))} examples twice: give "
-            "each example a number of its own."
-        )
+    checks.check_unique(index)
     key_attack, key_judge = jax.random.split(checks.check_key(key))
     # In the order of the index: batches, and so the last bits, are then the same
     # whatever order the examples came in.
@@ -251,10 +245,10 @@ def transfer_matrix(
     }
 
     def right(x_adv: np.ndarray) -> np.ndarray:
-        answers = [
-            _answers(judge, x_adv, key_judge, batch_size) for judge in judges.values()
+        found = [
+            answers(judge, x_adv, key_judge, batch_size) for judge in judges.values()
         ]
-        return np.stack(answers) == y
+        return np.stack(found) == y
 
     correct = right(x)
     shape = (len(attacks), len(sources))
@@ -284,17 +278,3 @@ def transfer_matrix(
     names = tuple(attacks), tuple(sources), tuple(targets)
     arrays = index[back], correct[:, back], wrong[..., back]
     return TransferMatrix(*names, *arrays, refused)
-
-
-@jax.jit
-def _predict(f: Any, x: Array, key: Key) -> Array:
-    with jax.default_matmul_precision("highest"):
-        return predictions(f(x, key).astype(jnp.float32))
-
-
-def _answers(f: Any, x: np.ndarray, key: Key, batch_size: int) -> np.ndarray:
-    parts = [
-        np.asarray(_predict(f, pad(x[rows], padded), key))[:count]
-        for rows, count, padded in batches(len(x), batch_size)
-    ]
-    return np.concatenate(parts)

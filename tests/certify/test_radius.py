@@ -149,7 +149,7 @@ def test_brackets_close_on_linear_nets(norm):
     assert (low <= high).all()
     assert "certified" in found.table([0.0, 0.1])
     figure = brackets.draw_bracket(found, "a linear net")
-    assert figure.axes[0].get_title() == "a linear net"
+    assert figure.axes[0].get_title("left") == "a linear net"
 
 
 def test_a_radius_that_is_too_large_fails_loudly():
