@@ -79,8 +79,13 @@ class Norm(Protocol):
 
 
 def _register(cls):
-    """A frozen dataclass without leaves becomes a pytree."""
-    return jax.tree_util.register_dataclass(cls, data_fields=[], meta_fields=[])
+    """A frozen dataclass without leaves becomes a pytree, which *is* its structure.
+
+    Not `register_dataclass`: to JAX two dataclasses without fields have equal
+    structures, whatever their classes, so that now and then (where the hashes agree by
+    chance) `jit` would run the program of one norm for another.
+    """
+    return jax.tree_util.register_static(cls)
 
 
 def _float(value: Any) -> Array:

@@ -358,6 +358,14 @@ def test_sample_shapes_and_zero_budget(norm):
         assert np.all(np.asarray(sample) == 0)
 
 
+def test_jit_tells_norms_apart():
+    """By structure, not by hash alone: equal ones would share a program by chance."""
+    structures = [jax.tree.structure(norm) for norm in NORMS]
+    for i, one in enumerate(structures):
+        assert [one == other for other in structures] == [i == j for j in range(4)]
+    assert not any(jax.tree.leaves(norm) for norm in NORMS)
+
+
 def test_any_of_is_its_member():
     rng = np.random.default_rng(5)
     delta = jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)

@@ -58,6 +58,12 @@ def test_projected_points_are_feasible(name, case):
         np.testing.assert_allclose(x_adv, np.clip(x + delta, lower, upper), atol=2e-7)
 
 
+def test_threats_of_different_norms_have_different_structures():
+    structures = [jax.tree.structure(build(0.1)) for build in BUILDERS.values()]
+    for i, one in enumerate(structures):
+        assert [one == other for other in structures] == [i == j for j in range(4)]
+
+
 def batch(shape=(4, 3, 2), seed=0):
     rng = np.random.default_rng(seed)
     x = rng.uniform(size=shape).astype(np.float32)
