@@ -17,6 +17,7 @@ from robustjax.models.lipschitz import lipschitz_net as lipschitz_net
 from robustjax.models.madry_mnist import madry_mnist as madry_mnist
 from robustjax.models.madry_mnist import small_cnn as small_cnn
 from robustjax.models.mlp import mlp as mlp
+from robustjax.models.remat import rematerialized as rematerialized
 from robustjax.models.resnet import preact_resnet18 as preact_resnet18
 from robustjax.models.vit import vit as vit
 from robustjax.models.vit import vit_base as vit_base

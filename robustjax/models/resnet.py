@@ -35,7 +35,7 @@ class PreActBlock(nn.Module):
     pads: tuple[int, int] = (1, 1)
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
+    def __call__(self, x: Array, train: bool) -> Array:
         def norm(name: str) -> BatchNorm:
             return BatchNorm(
                 self.momentum, self.tiny, self.batch_groups, self.dtype, name=name
@@ -85,6 +85,7 @@ class PreActResNet(nn.Module):
     pads: tuple[int, int] = (1, 1)
     last_norm: bool = True
     border: int = 0
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
@@ -99,11 +100,14 @@ class PreActResNet(nn.Module):
             convolution=self.convolution,
             name="stem",
         )(x)
+        kind = PreActBlock
+        if self.remat:
+            kind = nn.remat(PreActBlock, static_argnums=(2,))  # `train` is no data
         for stage, (width, count) in enumerate(
             zip(self.features[1:], self.blocks, strict=True)
         ):
             for block in range(count):
-                x = PreActBlock(
+                x = kind(
                     width,
                     2 if stage > 0 and block == 0 else 1,
                     self.activation,
@@ -116,7 +120,7 @@ class PreActResNet(nn.Module):
                     self.shortcut_size,
                     self.pads,
                     name=f"stage{stage + 1}_block{block + 1}",
-                )(x, train=train)
+                )(x, train)
         if self.last_norm:
             x = BatchNorm(
                 self.momentum, self.tiny, self.batch_groups, self.dtype, name="bn"
@@ -143,6 +147,7 @@ def preact_resnet18(
     batch_groups: int = 1,
     momentum: float = 0.9,
     tiny: float = 1e-5,
+    remat: bool = False,
     dtype: Any = jnp.float32,
     convolution: Convolution = "auto",
 ) -> Model:
@@ -165,6 +170,8 @@ def preact_resnet18(
         batch_groups: ghost BatchNorm groups; must divide the batch.
         momentum: weight of BatchNorm's old running statistics.
         tiny: BatchNorm's addition to the variance.
+        remat: compute a block's activations again in the backward pass: less memory,
+            a third more time.
         dtype: of the computation; weights, statistics and logits are float32.
         convolution: "auto", "plain" (needed for forward mode) or "canonical".
 
@@ -200,5 +207,6 @@ def preact_resnet18(
             convolution,
             shortcut,
             last_norm=last_norm,
+            remat=remat,
         )
     )

@@ -22,6 +22,7 @@ def wide_resnet(
     batch_groups: int = 1,
     momentum: float = 0.9,
     tiny: float = 1e-5,
+    remat: bool = False,
     dtype: Any = jnp.float32,
     convolution: Convolution = "auto",
 ) -> Model:
@@ -41,6 +42,8 @@ def wide_resnet(
         batch_groups: ghost BatchNorm groups; must divide the batch.
         momentum: weight of BatchNorm's old running statistics.
         tiny: BatchNorm's addition to the variance.
+        remat: compute a block's activations again in the backward pass: less memory,
+            a third more time.
         dtype: of the computation; weights, statistics and logits are float32.
         convolution: "auto", "plain" (needed for forward mode) or "canonical".
 
@@ -73,6 +76,7 @@ def wide_resnet(
             batch_groups,
             dtype,
             convolution,
+            remat=remat,
         )
     )
 

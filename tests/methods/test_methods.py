@@ -40,6 +40,7 @@ from robustjax.methods.logit_pairing import (
 )
 from robustjax.methods.madry import cifar_code, cifar_paper, madry, mnist, one_step
 from robustjax.methods.mart import mart
+from robustjax.methods.microbatch import microbatches
 from robustjax.methods.minimax import minimax_loss
 from robustjax.methods.msd import msd
 from robustjax.methods.multinorm import average, maximum
@@ -148,6 +149,9 @@ METHODS = {
         lambda model: gradient_penalty(model, l2(0.5), difference=0.1, bn_mode="batch"),
     ),
     "curriculum": Row(lambda model: curriculum(scheduled(model))),
+    "microbatches": Row(
+        lambda model: microbatches(madry(model, linf(0.1), ATTACK), 2), 2
+    ),
     # scripts/new_method adds rows above this line.
 }
 EVERY = pytest.mark.parametrize("name", METHODS)
