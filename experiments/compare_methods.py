@@ -1,0 +1,438 @@
+"""Every training method at one budget: same net, same data, same number of gradients.
+
+    python -m experiments.compare_methods
+    python -m experiments.compare_methods --dataset fashion_mnist --data-dir DIR
+    python -m experiments.compare_methods --dataset cifar10 --data-dir DIR --seeds 0 1 2
+    python -m experiments.compare_methods --methods multinorm --gradients-per-image 24
+
+A gradient is a forward and a backward pass of one image, of weights or of input; what a
+method spends on one update decides how many updates it gets. One recipe for all: SGD,
+one cycle, weight decay 5e-4, last weights, no choice by validation. The rows, their
+strengths and what the literature leads one to expect: experiments/contestants.py.
+Helpers (HAT's standard net, the net that labels `madry_pseudo`'s stream) are not in the
+budget, as in their papers. Killed, the same command goes on; nothing is computed twice,
+and further methods and seeds join the table.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import robustjax as rj
+from experiments import common, ideas
+from experiments.contestants import CONTESTANTS, MULTINORM, SINGLE, Setting, chosen
+from experiments.evaluate import BUDGETS
+from robustjax import data, models, plots
+from robustjax.logging import duration
+from robustjax.training import monitors, optimizers
+from robustjax.training.loop import fit
+from robustjax.training.weights import weights_of
+
+NORMS = ("Linf", "L2", "L1")
+
+
+class Recipe(NamedTuple):
+    """What is the same for all methods on a data set."""
+
+    model: str
+    batch_size: int
+    peak: float
+    gradients_per_image: float
+    augmented: bool = False
+
+
+RECIPES = {
+    "digits": Recipe("small_cnn", 64, 0.1, 120),
+    "fashion_mnist": Recipe("madry_mnist", 64, 0.1, 24),
+    "cifar10": Recipe("preact_resnet18", 128, 0.2, 20, augmented=True),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    dataset: Literal["digits", "fashion_mnist", "cifar10"] = "digits"
+    """Embedded digits and a small net at Linf 0.15; Fashion-MNIST and Madry's net at
+    0.1; CIFAR-10 and PreActResNet-18 of width 16 at 8/255."""
+    methods: tuple[str, ...] = ()
+    """Rows of experiments/contestants.py; `multinorm`: that group; absent: all."""
+    seeds: tuple[int, ...] = (0,)
+    """Each decides weights, order, augmentation and noise of its nets."""
+    gradients_per_image: float | None = None
+    """The budget of each net; absent: 120, 24 or 20, by data set."""
+    batch_size: int | None = None
+    """Images per update; absent: 64, of cifar10 128."""
+    num_train: int | None = None
+    """How many of the training images, at most; absent: all."""
+    num_monitored: int = 100
+    """Training images held out to draw curves, and as many of the others."""
+    num_test: int = 1000
+    """How many test images, from the first."""
+    out: str | None = None
+    """Where nets, table, picture and results go; absent: runs/compare_DATASET."""
+    data_dir: str | None = None
+    """Where other sets than the digits lie (docs/data.md)."""
+
+
+class Task(NamedTuple):
+    """What all trainings of a run share."""
+
+    out: Path
+    recipe: Recipe
+    model: models.Model
+    threats: Mapping[str, rj.ThreatModel]
+    splits: common.Splits
+    watched: monitors.Monitor
+    budget: float
+    decides: Mapping[str, Any]
+
+
+def main(config: Config) -> dict[str, Any]:
+    began = common.start()
+    task = prepare(config)
+    names = chosen(config.methods)
+    for name in names:
+        updates(name, task)  # a budget that is too small is refused before it is spent
+    todo = [(name, seed) for seed in config.seeds for name in names]
+    rows, failed, fitted, summary, spent = {}, {}, {}, {}, 0.0
+    for number, (name, seed) in enumerate(todo):
+        left = duration(spent / number * (len(todo) - number)) if number else "?"
+        print(f"net {number + 1} of {len(todo)}: {name}, seed {seed}; ETA {left}")
+        started = time.monotonic()
+        try:
+            f, run = train(task, name, seed, fitted)
+        except FloatingPointError as error:  # that, too, is a result
+            print(f"{name}, seed {seed}: {error}")
+            failed[f"{name}, seed {seed}"] = str(error)
+            continue
+        wanted = NORMS if CONTESTANTS[name].union else NORMS[:1]
+        found = judge(task, name, seed, f, wanted, config.num_test)
+        rows.setdefault(name, []).append(run | found)
+        spent += time.monotonic() - started
+        summary = {n: summarize(n, rows) for n in names if n in rows}
+        # If this is killed there is a table of what was finished.
+        (task.out / "table.md").write_text(table(summary, failed, task))
+    if not summary:
+        raise FloatingPointError(f"no training came to its end: {failed}")
+    text = table(summary, failed, task)
+    (task.out / "table.md").write_text(text)
+    print(text)
+    plots.save(draw(summary), task.out / "compare_methods.png")
+    return ideas.save(
+        task.out,
+        config,
+        claims_of(summary, task.budget),
+        {
+            "methods": summary,
+            "failed": failed,
+            "budget": task.budget,
+            "data": task.splits.used,
+        },
+        ["compare_methods.png"],
+        began,
+    )
+
+
+def prepare(config: Config) -> Task:
+    """Data, net, threat models and budget."""
+    recipe = RECIPES[config.dataset]
+    if config.batch_size:
+        recipe = recipe._replace(batch_size=config.batch_size)
+    splits = common.load_splits(
+        *(config.dataset, config.data_dir, 0, config.num_monitored, config.num_test)
+    )
+    x, y = (part[: config.num_train] for part in splits.train[:2])
+    splits = splits._replace(train=splits.train._replace(x=x, y=y))
+    budget = config.gradients_per_image or recipe.gradients_per_image
+    threats = {n: rj.threat(n, BUDGETS[config.dataset][n]) for n in NORMS}
+    model = common.build_model(recipe.model, config.dataset, splits.num_classes)
+    held_out = splits.validation
+    seen = np.asarray(data.to_float(x[: len(held_out[0])], splits.train.scale))
+    both = (seen, np.asarray(y[: len(seen)])), held_out
+    watched = monitors.together(  # compiled once, for all nets
+        monitors.overfitting(model, threats["Linf"], *both),
+        monitors.catastrophic_overfitting(model, threats["Linf"], both[0]),
+        monitors.smoothness(model, threats["Linf"], held_out),
+    )
+    return Task(
+        Path(config.out or f"runs/compare_{config.dataset}"),
+        *(recipe, model, threats, splits, watched),
+        budget * len(x),
+        {"dataset": config.dataset, "gradients_per_image": budget, **recipe._asdict()},
+    )
+
+
+def updates(name: str, task: Task) -> int:
+    """As many as the budget pays for, in whole groups."""
+    one = CONTESTANTS[name]
+    per_group = one.gradients * one.multiple * task.recipe.batch_size
+    groups = int(task.budget // per_group)
+    if groups < 1:
+        raise ValueError(
+            f"gradients_per_image is {task.decides['gradients_per_image']:g}: "
+            f"{task.budget:g} gradients, but {name} takes {per_group:g} at once; give "
+            f"{per_group / task.budget:.1f} times as many, or leave it out of methods."
+        )
+    return groups * one.multiple
+
+
+def train(
+    task: Task, name: str, seed: int, fitted: dict[tuple[str, int], Any]
+) -> tuple[rj.LogitsFn, dict[str, Any]]:
+    """The net of a row and what it cost; `fitted` remembers those of this process."""
+    if (name, seed) in fitted:
+        return fitted[name, seed]
+    one, recipe, splits = CONTESTANTS[name], task.recipe, task.splits
+    helper = train(task, one.helper, seed, fitted)[0] if one.helper else None
+    num_updates = updates(name, task)
+    half_diagonal = splits.train.x[0].size ** 0.5 / 2
+    setting = Setting(task.model, task.threats, num_updates, half_diagonal, helper)
+    rows, streams, own = splits.train, None, recipe.batch_size
+    if one.half:
+        middle = len(rows.x) // 2
+        rest = rows._replace(x=rows.x[middle:], y=rows.y[middle:])
+        rows = rows._replace(x=rows.x[:middle], y=rows.y[:middle])
+        if one.stream:
+            assert helper is not None
+            own //= 2
+            streams = {"generated": (labeled(helper, rest), recipe.batch_size - own)}
+    repeats = one.multiple if one.build(setting).repeats > 1 else 1
+    steps = num_updates // repeats
+    every = -(-steps // 8)
+    method = monitors.with_norms(one.build(setting))
+    rate = common.learning_rate("one_cycle", recipe.peak, num_updates)
+    augment = None
+    if recipe.augmented:
+        augment = data.compose(data.random_crop, data.random_flip)
+    found = fit(
+        jax.random.key(seed),
+        *(task.model, method, optimizers.sgd(rate, weight_decay=5e-4), rows),
+        batch_size=own,
+        num_steps=steps,
+        streams=streams,
+        augment=augment,
+        validate=watch(task.watched),
+        checkpoint_every=every,
+        out=task.out / "nets" / f"{name}_{seed}",
+        config={**task.decides, "method": name},
+        ema_decay=one.ema_decay(setting) if one.ema_decay else None,
+        compiler_options=models.convolution_options(),
+    )
+    f = models.logits_fn(task.model, *weights_of(found.state))
+    learned = [row for row in found.history if row["kind"] == "train"]
+    watched = [row for row in found.history if row["kind"] == "validate"]
+    fitted[name, seed] = (
+        f,
+        {
+            "seed": seed,
+            "updates": num_updates,
+            "gradients": num_updates * one.gradients * recipe.batch_size,
+            "group": one.gradients * one.multiple * recipe.batch_size,
+            "epochs": steps * own / len(rows.x),
+            "seconds": learned[-1]["seconds"],
+            "cpu_seconds": sum(row["cpu_seconds"] for row in watched),
+            "collapsed": watched[-1]["collapsed"],
+        },
+    )
+    return fitted[name, seed]
+
+
+def labeled(helper: rj.LogitsFn, rows: data.Resident) -> data.Resident:
+    """The images with the helper's predictions as labels."""
+    predict = jax.jit(lambda f, x: rj.predictions(f(data.to_float(x, rows.scale))))
+    parts = [predict(helper, rows.x[i : i + 500]) for i in range(0, len(rows.x), 500)]
+    return rows._replace(y=jnp.concatenate(parts).astype(rows.y.dtype))
+
+
+def watch(watched: monitors.Monitor) -> Callable[[Any, Any], dict[str, float]]:
+    """`fit`'s `validate`: monitors, and the CPU seconds of the stretch before it.
+
+    They choose nothing. A stretch begins where the last one was validated, or where
+    this process began to train; so over resumes the seconds add up.
+    """
+    cpu = [time.process_time()]
+
+    def validate(params: Any, extra: Any) -> dict[str, float]:
+        jax.block_until_ready(params)
+        passed = time.process_time() - cpu[0]
+        found = {**watched(params, extra), "cpu_seconds": passed}
+        cpu[0] = time.process_time()
+        return found
+
+    return validate
+
+
+def judge(
+    task: Task, name: str, seed: int, f: rj.LogitsFn, norms: Sequence[str], count: int
+) -> dict[str, Any]:
+    """Who of the test images is right, and who resists under each norm.
+
+    What was found is kept beside the net and not computed again.
+    """
+    folder = task.out / "nets" / f"{name}_{seed}"
+    path = folder / f"judged_{count}.npz"
+    known: dict[str, Any] = dict(np.load(path)) if path.exists() else {}
+    threats = {n: task.threats[n] for n in norms if n not in known}
+    if threats:
+        report = rj.evaluate(
+            *(f, *task.splits.test, threats),
+            suite="fast",
+            batch_size=250,
+            resume=folder / f"ledger_{count}_{'_'.join(threats)}",
+        )
+        flags = [flag.name for flag in report.flags] + list(known.get("flags", ()))
+        known |= {n: found.robust for n, found in report.threats.items()}
+        known |= {"clean": report.correct, "flags": np.array(sorted(set(flags)), str)}
+        np.savez(path, **known)
+    right = {n: known[n] for n in ("clean", *norms)}
+    if len(norms) > 1:
+        right["union"] = np.logical_and.reduce([known[n] for n in norms])
+    return {"right": right, "flags": known["flags"].tolist()}
+
+
+def summarize(name: str, rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Means over seeds; and how far from the yardstick, with a 95 % interval.
+
+    The interval is over test images, of the mean over seeds for each image.
+    """
+    one, runs = CONTESTANTS[name], rows[name]
+    aim, yardstick = ("union", "madry_linf") if one.union else ("Linf", "madry")
+    right = {n: np.array([r["right"][n] for r in runs]) for n in runs[0]["right"]}
+    found: dict[str, Any] = {
+        "accuracy": {n: float(v.mean()) for n, v in right.items()},
+        "per_seed": {n: v.mean(1) for n, v in right.items()},
+        "robust": float(right[aim].mean()),
+        "gradients_per_update": one.gradients,
+        "expected": one.expect,
+        "flags": sorted({flag for r in runs for flag in r["flags"]}),
+    }
+    for number in ("updates", "gradients", "group", "epochs", "collapsed"):
+        found[number] = max(r[number] for r in runs)
+    for number in ("seconds", "cpu_seconds"):
+        found[number] = float(np.mean([r[number] for r in runs]))
+    if yardstick in rows and name != yardstick:
+        other = np.array([r["right"][aim] for r in rows[yardstick]])
+        each = right[aim].mean(0) - other.mean(0)
+        half = 1.96 * each.std(ddof=1) / len(each) ** 0.5
+        found["minus_yardstick"] = float(each.mean())
+        found["half_interval"] = float(half)
+    return found
+
+
+def claims_of(summary: Mapping[str, Any], budget: float) -> dict[str, ideas.Claim]:
+    """Equal budgets; where the group is complete, that the union can be learned."""
+    rest = max((budget - one["gradients"]) / one["group"] for one in summary.values())
+    claims = {
+        "equal_budget": ideas.Claim(
+            "what is left of a budget, in updates, 0 to below 1 (of Free and CAT: "
+            "groups of 8)",
+            *(rest, 0.0, np.nextafter(1.0, 0.0)),
+        )
+    }
+    if set(MULTINORM) <= set(summary):
+        several = [n for n in MULTINORM if n not in SINGLE]
+        best, single = (
+            max(summary[n]["robust"] for n in group) for group in (several, SINGLE)
+        )
+        claims["union"] = ideas.Claim(
+            "union accuracy, best multi-norm minus best single-norm method, above 0",
+            *(best - single, 1e-9),
+        )
+    return claims
+
+
+def table(summary: Mapping[str, Any], failed: Mapping[str, str], task: Task) -> str:
+    """Markdown: a table of the methods against Linf, and one of the multi-norm ones."""
+    threats = ", ".join(f"{n} {float(t.epsilon):.4g}" for n, t in task.threats.items())
+    count = len(task.splits.test[1])
+    text = [
+        f"{task.recipe.model}, {task.budget:,.0f} gradients for each net; {threats}.",
+        f'{task.splits.used}. Robust: `evaluate(suite="fast")`. One standard error of '
+        f"one net's accuracy at 0.5 is {0.5 / count**0.5:.3f}; the column +- is the "
+        "95 % interval of the difference to the yardstick, over images. !: an attack "
+        "or check found signs of masked gradients; *: FGSM and PGD parted on training "
+        "images (catastrophic overfitting). CPU seconds: of training, with compiling.",
+    ]
+    text += [f"No end: {run}: {error}" for run, error in failed.items()]
+    for union in (False, True):
+        names = [n for n in summary if CONTESTANTS[n].union == union]
+        if not names:
+            continue
+        robust = [*NORMS, "union"] if union else ["Linf"]
+        yardstick = "madry_linf" if union else "madry"
+        head = ["method", "gradients / update", "updates", "epochs", "clean", *robust]
+        head += [f"{robust[-1]} - {yardstick}", "CPU s", "expected"]
+        text += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for name in names:
+            one = summary[name]
+            mark = "!" * bool(one["flags"]) + "*" * bool(one["collapsed"])
+            cells = [name + mark, f"{one['gradients_per_update']:g}"]
+            cells += [f"{one['updates']:,}", f"{one['epochs']:.1f}"]
+            cells += [spread(one["per_seed"][n]) for n in ("clean", *robust)]
+            minus = "-"
+            if "half_interval" in one:
+                minus = f"{one['minus_yardstick']:+.3f} +- {one['half_interval']:.3f}"
+            cells += [minus, f"{one['cpu_seconds']:.0f}", one["expected"]]
+            text.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*text, ""])
+
+
+def spread(values: np.ndarray) -> str:
+    """The mean, and of several seeds the smallest and the largest."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
+
+
+def draw(summary: Mapping[str, Any]):
+    """Clean against robust accuracy: a panel for each group, a number for each row."""
+    groups = [[n for n in summary if CONTESTANTS[n].union == u] for u in (False, True)]
+    groups = [names for names in groups if names]
+    figure = plots.new_figure(6.5 * len(groups), 4.6)
+    panels = np.ravel(figure.subplots(1, len(groups), squeeze=False))
+    for axes, names in zip(panels, groups, strict=True):
+        union = CONTESTANTS[names[0]].union
+        for number, name in enumerate(names):
+            one = summary[name]
+            look = plots.style(number)
+            for clean, robust in zip(
+                one["per_seed"]["clean"],
+                one["per_seed"]["union" if union else "Linf"],
+                strict=True,
+            ):
+                axes.plot(
+                    *(clean, robust),
+                    color=look["color"],
+                    marker=look["marker"],
+                    markersize=7,
+                    linestyle="",
+                    label=f"{number + 1} {name}",
+                )
+                axes.annotate(
+                    *(str(number + 1), (clean, robust)),
+                    textcoords="offset points",
+                    xytext=(5, 4),
+                    fontsize=8,
+                )
+        label = "union of Linf, L2, L1" if union else "Linf"
+        axes.set(xlabel="clean accuracy", ylabel=f"robust accuracy, {label}")
+        plots.tidy(axes)
+        handles, labels = axes.get_legend_handles_labels()
+        first = dict(zip(labels, handles, strict=True))
+        axes.legend(
+            *(first.values(), first.keys()),
+            frameon=False,
+            fontsize=8,
+            loc="center left",
+            bbox_to_anchor=(1, 0.5),
+        )
+    return figure
+
+
+if __name__ == "__main__":
+    main(common.parse(Config(), __doc__))

@@ -1,0 +1,287 @@
+"""The rows of `compare_methods`: how each method is built, what an update costs.
+
+Strengths are the authors', relative to epsilon: their ratio of step size to epsilon,
+their weights of penalties. Costs are those of docs/methods.md: gradients (a forward and
+a backward pass of one image) per image and update.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import robustjax as rj
+from robustjax.attacks.base import AttackFn
+from robustjax.methods.awp import awp
+from robustjax.methods.base import Method
+from robustjax.methods.curriculum import (
+    curriculum,
+    growing,
+    in_turn,
+    ramp,
+    variable_pgd,
+)
+from robustjax.methods.eat import eat
+from robustjax.methods.fast import fast
+from robustjax.methods.free import free
+from robustjax.methods.generated import with_stream
+from robustjax.methods.gradalign import STRENGTHS, gradalign
+from robustjax.methods.gradient_penalty import gradient_penalty
+from robustjax.methods.hat import hat
+from robustjax.methods.logit_pairing import (
+    adversarial_logit_pairing,
+    clean_logit_pairing,
+)
+from robustjax.methods.madry import cifar_code, cifar_paper, madry
+from robustjax.methods.mart import mart
+from robustjax.methods.msd import msd
+from robustjax.methods.multinorm import average, maximum
+from robustjax.methods.nfgsm import nfgsm
+from robustjax.methods.standard import standard
+from robustjax.methods.trades import trades
+from robustjax.models import Model
+from robustjax.training.step import Decay, ramped
+
+STEPS = 7  # of PGD against several norms, and of the curricula
+FREE = 8  # updates per batch
+
+
+class Setting(NamedTuple):
+    """What a method is built from.
+
+    model, threats: the net, and its threat model under "Linf", "L2" and "L1".
+    num_updates:    how many the training makes.
+    half_diagonal:  L2 size of the Linf ball's corner, over epsilon, halved.
+    helper:         the logits of the net that the row asks for.
+    """
+
+    model: Model
+    threats: Mapping[str, rj.ThreatModel]
+    num_updates: int
+    half_diagonal: float
+    helper: rj.LogitsFn | None = None
+
+    @property
+    def linf(self) -> rj.ThreatModel:
+        """The threat of all rows but the multi-norm ones."""
+        return self.threats["Linf"]
+
+    @property
+    def epsilon(self) -> float:
+        """Its budget."""
+        return float(self.linf.epsilon)
+
+
+class Contestant(NamedTuple):
+    """A row.
+
+    build:     the method.
+    gradients: per image and update; the mean, where they vary.
+    expect:    what the literature leads one to expect, and where.
+    multiple:  updates come in groups of so many: Free's replays, CAT's stages.
+    helper:    the row whose net of the same run it needs.
+    half:      it sees the labels of the first half of the training images only;
+    stream:    and the other half, labeled by the helper, as half of every batch.
+    ema_decay: whether averaged weights are used, and which average.
+    union:     judged under Linf, L2, L1 and their union; the row is of that group.
+    """
+
+    build: Callable[[Setting], Method]
+    gradients: float
+    expect: str
+    multiple: int = 1
+    helper: str | None = None
+    half: bool = False
+    stream: bool = False
+    ema_decay: Callable[[Setting], Decay] | None = None
+    union: bool = False
+
+
+def pgd(num_steps: int = STEPS) -> AttackFn:
+    """The usual steps of 2.5 epsilon / number of steps; the last point."""
+    return rj.pgd(num_steps, keep=rj.last)
+
+
+def madry_under(norm: str) -> Callable[[Setting], Method]:
+    """PGD training against one norm."""
+    return lambda s: madry(s.model, s.threats[norm], pgd())
+
+
+def three(s: Setting) -> list[rj.ThreatModel]:
+    """Linf, L2, L1."""
+    return list(s.threats.values())
+
+
+def plain(s: Setting) -> Method:
+    """The yardstick: the paper's PGD-7."""
+    return madry(s.model, s.linf, cifar_paper())
+
+
+def nearest_strength(epsilon: float) -> float:
+    """GradAlign's weight at the nearest epsilon for which its authors give one."""
+    return STRENGTHS[min(STRENGTHS, key=lambda e: abs(e / 255 - epsilon))]
+
+
+def under(schedule: Callable[[Setting], Callable]) -> Callable[[Setting], Method]:
+    """PGD training against the threat of each step."""
+
+    def build(s: Setting) -> Method:
+        at = schedule(s)
+        return curriculum(lambda step: madry(s.model, at(step), cifar_paper()))
+
+    return build
+
+
+def l2_first(s: Setting) -> Callable:
+    """L2 of half the corner's size in the first half, then Linf."""
+    return in_turn(
+        [rj.l2(s.epsilon * s.half_diagonal), s.linf], [max(1, s.num_updates // 2)]
+    )
+
+
+def cat(s: Setting) -> Method:
+    """0, 1, ..., 7 attack steps, row by row fewer."""
+    steps = growing(0, STEPS, s.num_updates)
+
+    def build(step):
+        attack_fn = variable_pgd(steps(step), 2 / 8, mixed=True)
+        return madry(s.model, s.linf, attack_fn)
+
+    return curriculum(build)
+
+
+CONTESTANTS: dict[str, Contestant] = {
+    "standard": Contestant(
+        lambda s: standard(s.model), 1, "highest clean, robust near 0 (1706.06083)"
+    ),
+    "madry": Contestant(plain, 8, "the yardstick (1706.06083)"),
+    "madry_pgd2": Contestant(
+        lambda s: madry(s.model, s.linf, rj.pgd(2, 0.75, keep=rj.last)),
+        *(3, "more updates with a weaker attack: as good as madry (2001.03994)"),
+    ),
+    "trades": Contestant(
+        lambda s: trades(s.model, s.linf), 12, "robust above madry (1901.08573)"
+    ),
+    "mart": Contestant(
+        lambda s: mart(s.model, s.linf, beta=5.0),
+        *(12, "robust above trades, clean below (Wang et al., ICLR 2020)"),
+    ),
+    "awp_madry": Contestant(
+        lambda s: awp(plain(s), gamma=0.01),
+        *(9, "above madry where robust overfitting sets in (2004.05884)"),
+    ),
+    "awp_trades": Contestant(
+        lambda s: awp(trades(s.model, s.linf), gamma=0.005),
+        *(14, "above trades where robust overfitting sets in (2004.05884)"),
+    ),
+    "hat": Contestant(
+        lambda s: hat(s.model, s.linf, _helper(s)),
+        *(13, "clean above trades at equal robust (Rade et al., ICLR 2022)"),
+        helper="standard",
+    ),
+    "free": Contestant(
+        lambda s: free(s.model, s.linf, repeats=FREE),
+        *(1, "near madry at the cost of standard (1904.12843)"),
+        multiple=FREE,
+    ),
+    "fast": Contestant(
+        lambda s: fast(s.model, s.linf),
+        *(2, "near madry at a quarter of its cost; may collapse (2001.03994)"),
+    ),
+    "nfgsm": Contestant(
+        lambda s: nfgsm(s.model, s.linf),
+        *(2, "near madry at a quarter of its cost, no collapse (2202.01181)"),
+    ),
+    "gradalign": Contestant(
+        lambda s: gradalign(
+            s.model, s.linf, strength=nearest_strength(float(s.linf.epsilon))
+        ),
+        *(4, "near madry at half its cost, no collapse (2007.02617)"),
+    ),
+    "alp": Contestant(
+        lambda s: adversarial_logit_pairing(s.model, s.linf, cifar_code()),
+        *(12, "claimed above madry (1803.06373); broken on ImageNet (1807.10272)"),
+    ),
+    "clp": Contestant(
+        lambda s: clean_logit_pairing(s.model, noise=s.epsilon * 0.5 / 0.3),
+        *(1, "fools gradient attacks only (1810.12042)"),
+    ),
+    "gradient_penalty": Contestant(
+        lambda s: gradient_penalty(s.model, s.linf),
+        *(3, "above standard, below madry at large epsilon (1802.01421)"),
+    ),
+    "l2_first": Contestant(under(l2_first), 8, "open: no such comparison known"),
+    "epsilon_ramp": Contestant(
+        under(lambda s: ramp(s.linf, max(1, s.num_updates // 2))),
+        *(8, "as madry; certified training needs it (1810.12715)"),
+    ),
+    "cat": Contestant(
+        cat, (STEPS + 2) / 2, "above madry (1805.04807)", multiple=STEPS + 1
+    ),
+    "ema": Contestant(
+        plain,
+        *(8, "above madry in long trainings (2010.03593)"),
+        ema_decay=lambda s: ramped(0.995),
+    ),
+    "standard_half": Contestant(
+        lambda s: standard(s.model), 1, "below standard in clean", half=True
+    ),
+    "madry_half": Contestant(plain, 8, "below madry (1804.11285)", half=True),
+    "madry_pseudo": Contestant(
+        lambda s: with_stream(plain(s)),
+        *(8, "between madry_half and madry (1905.13736)"),
+        helper="standard_half",
+        half=True,
+        stream=True,
+    ),
+    "madry_linf": Contestant(
+        madry_under("Linf"), STEPS + 1, "weak under L1 (1904.13000)", union=True
+    ),
+    "madry_l2": Contestant(
+        madry_under("L2"), STEPS + 1, "weak under Linf (1904.13000)", union=True
+    ),
+    "madry_l1": Contestant(
+        madry_under("L1"), STEPS + 1, "weak under Linf (1904.13000)", union=True
+    ),
+    "average": Contestant(
+        lambda s: average(s.model, three(s), pgd()),
+        *(3 * (STEPS + 1), "union above single norms (1904.13000)"),
+        union=True,
+    ),
+    "maximum": Contestant(
+        lambda s: maximum(s.model, three(s), pgd()),
+        *(3 * STEPS + 1, "union above single norms (1904.13000)"),
+        union=True,
+    ),
+    "msd": Contestant(
+        lambda s: msd(s.model, three(s), num_steps=STEPS, step_sizes=[2.5 / STEPS] * 3),
+        *(STEPS + 1, "union above average and maximum (1909.04068)"),
+        union=True,
+    ),
+    "eat": Contestant(
+        lambda s: eat(s.model, [s.threats["Linf"], s.threats["L1"]]),
+        *(11, "union near msd at a third of the cost (2105.12508)"),
+        union=True,
+    ),
+}
+MULTINORM = tuple(name for name, one in CONTESTANTS.items() if one.union)
+SINGLE = tuple(name for name in MULTINORM if name.startswith("madry"))
+
+
+def chosen(names: tuple[str, ...]) -> list[str]:
+    """The rows asked for, in the table's order; "multinorm" is a group, () are all.
+
+    >>> chosen(("nfgsm", "standard"))
+    ['standard', 'nfgsm']
+    """
+    wanted = {
+        n for name in names for n in (MULTINORM if name == "multinorm" else [name])
+    }
+    for name in wanted - set(CONTESTANTS):
+        raise ValueError(
+            f"methods has {name!r}; choose among multinorm, {', '.join(CONTESTANTS)}."
+        )
+    return [name for name in CONTESTANTS if not names or name in wanted]
+
+
+def _helper(s: Setting) -> rj.LogitsFn:
+    assert s.helper is not None  # the row names one
+    return s.helper

@@ -1,0 +1,156 @@
+"""experiments.compare_methods: budgets, the table's arithmetic, a tiny run."""
+
+import jax
+import numpy as np
+import pytest
+
+import robustjax as rj
+from experiments import compare_methods as experiment
+from experiments.contestants import CONTESTANTS, MULTINORM, chosen
+from tests.experiments import schema
+
+TINY = {"num_train": 32, "num_test": 8, "num_monitored": 4, "batch_size": 16}
+
+
+@pytest.fixture
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def tiny(tmp_path, **more):
+    return experiment.Config(out=str(tmp_path), **{**TINY, **more})
+
+
+def test_every_method_spends_the_budget_up_to_one_update(tmp_path):
+    config = tiny(tmp_path, num_train=1000, gradients_per_image=37)
+    task = experiment.prepare(config)
+    assert task.budget == 37_000
+    for name, one in CONTESTANTS.items():
+        updates = experiment.updates(name, task)
+        left = 37_000 - updates * one.gradients * 16
+        assert 0 <= left < one.gradients * 16 * one.multiple, name
+        assert updates % one.multiple == 0
+    assert experiment.updates("madry", task) == 37_000 // (8 * 16)
+    poor = task._replace(budget=100.0)
+    with pytest.raises(
+        ValueError, match=r"but madry takes 128 at once; give 1.3 times"
+    ):
+        experiment.updates("madry", poor)
+
+
+def test_an_attack_costs_what_the_table_says():
+    """Gradients counted by a model that counts its own backward passes."""
+    threat = rj.linf(0.1)
+    x, y = np.full((2, 3), 0.5, np.float32), np.array([0, 1])
+    counts = []
+
+    @jax.custom_vjp
+    def f(x):
+        return x @ np.eye(3, dtype=np.float32)
+
+    def backward(residual, g):
+        jax.debug.callback(lambda: counts.append(1))
+        return (g,)
+
+    f.defvjp(lambda x: (f(x), None), backward)
+    problem = rj.untargeted(f, x, y, threat)
+    for steps in (2, 7):
+        counts.clear()
+        attack = rj.pgd(steps, keep=rj.last)
+        jax.jit(lambda k, a=attack: a(k, problem).x_adv)(jax.random.key(0))
+        jax.effects_barrier()
+        assert len(counts) == steps
+
+
+def test_names_are_checked_and_groups_expand():
+    assert chosen(()) == list(CONTESTANTS)
+    assert chosen(("multinorm", "madry")) == ["madry", *MULTINORM]
+    with pytest.raises(
+        ValueError, match="methods has 'pgd'; choose among multinorm, st"
+    ):
+        chosen(("pgd",))
+
+
+def run(clean, robust):
+    """What one training and its judgment leave."""
+    numbers = dict.fromkeys(
+        ("updates", "gradients", "group", "epochs", "collapsed", "seconds"), 1.0
+    )
+    right = {"clean": np.array(clean, bool), "Linf": np.array(robust, bool)}
+    return {**numbers, "cpu_seconds": 2.0, "flags": [], "right": right}
+
+
+def test_a_summary_is_that_of_the_seeds():
+    rows = {
+        "madry": [run([1, 1, 1, 0], [1, 0, 0, 0]), run([1, 1, 1, 1], [1, 1, 0, 0])],
+        "trades": [run([1, 1, 0, 0], [1, 1, 0, 0]), run([1, 1, 1, 0], [1, 1, 1, 0])],
+    }
+    found = experiment.summarize("trades", rows)
+    assert found["accuracy"] == {"clean": 0.625, "Linf": 0.625}
+    assert found["per_seed"]["Linf"].tolist() == [0.5, 0.75]
+    each = np.array([0, 0.5, 0.5, 0])  # the images' mean differences over the seeds
+    assert found["minus_yardstick"] == each.mean()
+    assert found["half_interval"] == pytest.approx(1.96 * each.std(ddof=1) / 2)
+    assert "minus_yardstick" not in experiment.summarize("madry", rows)
+    claims = experiment.claims_of({"trades": found | {"gradients": 9, "group": 4}}, 12)
+    assert claims["equal_budget"].value == 0.75 and claims["equal_budget"].holds
+    claims = experiment.claims_of({"trades": found | {"gradients": 8, "group": 4}}, 12)
+    assert not claims["equal_budget"].holds
+
+
+def test_a_training_that_diverges_is_a_result(tmp_path, monkeypatch):
+    def train(task, name, seed, fitted):
+        if name == "fast":
+            raise FloatingPointError("loss became NaN")
+        return None, run([1, 1], [1, 0])
+
+    monkeypatch.setattr(experiment, "train", train)
+    monkeypatch.setattr(experiment, "judge", lambda *rest: {})
+    config = tiny(tmp_path, methods=("madry", "fast"), gradients_per_image=20)
+    experiment.main(config)
+    found = schema.check(tmp_path)["measurements"]
+    assert list(found["methods"]) == ["madry"]
+    assert found["failed"] == {"fast, seed 0": "loss became NaN"}
+    text = (tmp_path / "table.md").read_text()
+    assert "No end: fast, seed 0: loss became NaN" in text
+    with pytest.raises(FloatingPointError, match="no training came to its end"):
+        experiment.main(tiny(tmp_path, methods=("fast",), gradients_per_image=20))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+def test_a_tiny_run_writes_everything_and_computes_nothing_twice(tmp_path, monkeypatch):
+    def quickly(*arguments, suite, **options):  # the fast suite alone takes 6 s
+        assert suite == "fast"
+        return evaluate(*arguments, suite=("apgd-ce",), checks="none", **options)
+
+    evaluate = rj.evaluate
+    monkeypatch.setattr(rj, "evaluate", quickly)
+    config = tiny(tmp_path, methods=("standard", "fast"), gradients_per_image=8)
+    experiment.main(config)
+    first = schema.check(tmp_path)["measurements"]["methods"]
+    assert list(first) == ["standard", "fast"]
+    for one in first.values():
+        assert one["gradients"] == 256 and one["cpu_seconds"] > 0
+        assert 0 <= one["accuracy"]["Linf"] <= one["accuracy"]["clean"] <= 1
+    text = (tmp_path / "table.md").read_text()
+    assert "| fast" in text and "(2001.03994) |" in text
+    monkeypatch.setattr(rj, "evaluate", None)  # a call would fail
+    experiment.main(config)
+    again = schema.check(tmp_path)["measurements"]["methods"]
+    assert again == first
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+def test_every_method_runs(tmp_path):
+    experiment.main(tiny(tmp_path, num_train=128, gradients_per_image=40))
+    results = schema.check(tmp_path)
+    found = results["measurements"]["methods"]
+    assert list(found) == list(CONTESTANTS)
+    assert results["claims"]["equal_budget"]["holds"]
+    for name in MULTINORM:
+        accuracy = found[name]["accuracy"]
+        assert accuracy["union"] <= min(accuracy[n] for n in ("Linf", "L2", "L1"))
