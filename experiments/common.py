@@ -26,7 +26,10 @@ SHAPES = {
 }
 
 # What a config says beside how the weights come about; may differ on resume.
-NOT_TRAINING = ("preset", "out", "data_dir", "num_test", "test_steps", "num_restarts")
+NOT_TRAINING = (
+    *("preset", "out", "data_dir"),
+    *("num_test", "test_steps", "num_restarts", "suite"),
+)
 
 
 def parse(
@@ -55,6 +58,7 @@ def parse(
         type(chosen),
         default=chosen,
         args=argv,
+        config=(tyro.conf.OmitArgPrefixes,),  # a recipe's flags stand beside the rest
         prog=next(" ".join(n.split()[:3]) for n in lines if n.startswith("python -m")),
         description="\n\n".join([title, *lines]),
     )
@@ -110,6 +114,7 @@ def build_model(
     num_classes: int = 10,
     width: int | None = None,
     depth: int | None = None,
+    activation: str = "relu",
 ) -> models.Model:
     """The net of a config; it normalizes its inputs itself."""
     mean, std = (0.0,), (1.0,)
@@ -117,12 +122,13 @@ def build_model(
         mean, std = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
     if name == "preact_resnet18":
         return models.preact_resnet18(
-            num_classes, width=width or 16, mean=mean, std=std
+            num_classes, width=width or 16, activation=activation, mean=mean, std=std
         )
+    if name == "resnet18":
+        return models.resnet18(num_classes, width=width or 64, mean=mean, std=std)
     if name == "wide_resnet":
-        return models.wide_resnet(
-            depth or 34, width or 10, num_classes, mean=mean, std=std
-        )
+        sizes = depth or 34, width or 10, num_classes
+        return models.wide_resnet(*sizes, activation=activation, mean=mean, std=std)
     return {"madry_mnist": models.madry_mnist, "small_cnn": models.small_cnn}[name](
         num_classes, mean=mean, std=std
     )
@@ -138,8 +144,13 @@ def learning_rate(name: str, peak: float, num_steps: int) -> optimizers.Schedule
 
 
 def training_part(config: Any) -> dict[str, Any]:
-    """The fields of a config that decide what is trained: compared on resume."""
-    fields = dataclasses.asdict(config)
+    """The fields of a config that decide what is trained: compared on resume.
+
+    Those of a dataclass inside stand beside the others, as the flags do.
+    """
+    fields: dict[str, Any] = {}
+    for name, v in dataclasses.asdict(config).items():
+        fields.update(v if isinstance(v, dict) else {name: v})
     return {name: v for name, v in fields.items() if name not in NOT_TRAINING}
 
 
@@ -179,8 +190,12 @@ def measure(
     threat: rj.ThreatModel,
     attacks: Mapping[str, rj.AttackFn],
     began: Start,
+    more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate the chosen checkpoint on the test images; print and save the results."""
+    """Evaluate the chosen checkpoint on the test images; print and save the results.
+
+    `more` is written beside them.
+    """
     f = models.logits_fn(model, trained.params, trained.extra)
     report = rj.evaluate(
         f,
@@ -200,6 +215,7 @@ def measure(
         "checkpoint": trained.metrics,
         "data": splits.used,
         "flags": [flag._asdict() for flag in report.flags],
+        **(more or {}),
     }
     return save_results(out, results, began)
 

@@ -88,7 +88,11 @@ def load_run(
     dataset = config.get("dataset", "cifar10")
     shape = common.SHAPES[dataset]
     model = common.build_model(
-        config["model"], dataset, width=config.get("width"), depth=config.get("depth")
+        config["model"],
+        dataset,
+        width=config.get("width"),
+        depth=config.get("depth"),
+        activation=config.get("activation", "relu"),
     )
     like = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, *shape)))
     params, extra = load_weights(run, like, which)

@@ -79,6 +79,67 @@ def one_cycle(
     return _warmed(after, peak, warmup_steps)
 
 
+def cosine_cycle(
+    peak: float,
+    num_steps: int,
+    *,
+    warmup_steps: int,
+    first: float = 1 / 25,
+    final: float = 4e-6,
+) -> Schedule:
+    """Half a cosine up from `first * peak` to `peak`, another down to `final * peak`.
+
+    `a + (b - a) * (1 - cos(pi * t / T)) / 2` from a to b in T steps.
+
+    Args:
+      peak: the highest learning rate.
+      num_steps: when `final * peak` is reached.
+      warmup_steps: when the peak is reached.
+      first, final: fractions of the peak; PyTorch's OneCycleLR has these.
+
+    Reference: Smith and Topin 2018, arXiv:1708.07120; in this form used by Rade and
+    Moosavi-Dezfooli, ICLR 2022.
+
+    >>> [round(float(cosine_cycle(1, 100, warmup_steps=40)(t)), 3) for t in (0, 40, 70)]
+    [0.04, 1.0, 0.5]
+    """
+    length = _rest(num_steps, warmup_steps)
+
+    def wave(start, stop, t):
+        return start + (stop - start) * 0.5 * (1 - jnp.cos(jnp.pi * jnp.clip(t, 0, 1)))
+
+    def schedule(step):
+        step = jnp.asarray(step)
+        up = wave(first * peak, peak, step / max(warmup_steps, 1))
+        down = wave(peak, final * peak, (step - warmup_steps) / length)
+        return jnp.where(step < warmup_steps, up, down)
+
+    return schedule
+
+
+def linear(values: Sequence[float], steps: Sequence[int]) -> Schedule:
+    """Straight lines from one of `values` to the next, each reached at its step.
+
+    Args:
+      values: learning rates.
+      steps: rising, one for each; before the first and after the last the rate stays.
+
+    Raises:
+      ValueError: not as many values as steps, or steps that do not rise.
+
+    Reference: used so by Maini et al. 2020, arXiv:1909.04068.
+
+    >>> [round(float(linear([0, 1, 0.5], [0, 10, 20])(t)), 3) for t in (5, 15, 30)]
+    [0.5, 0.75, 0.5]
+    """
+    if len(values) != len(steps) or not len(values):
+        raise ValueError(f"{len(values)} values for {len(steps)} steps; give as many.")
+    if list(steps) != sorted(set(steps)):
+        raise ValueError(f"steps are {list(steps)}; give rising ones.")
+    at, rates = jnp.asarray(steps, jnp.float32), jnp.asarray(values, jnp.float32)
+    return lambda step: jnp.interp(jnp.asarray(step, jnp.float32), at, rates)
+
+
 def piecewise(
     value: float,
     boundaries: Sequence[int],

@@ -19,6 +19,14 @@ SCHEDULES = {
         o.one_cycle(0.2, 100, warmup_steps=20, final=0.04),
         {10: 0.1, 20: 0.2, 60: 0.12, 100: 0.04},
     ),
+    "cosine cycle": (  # PyTorch's OneCycleLR from step to step
+        o.cosine_cycle(0.2, 100, warmup_steps=20),
+        {0: 0.008, 10: 0.104, 20: 0.2, 60: 0.1000004, 100: 8e-7, 300: 8e-7},
+    ),
+    "linear": (
+        o.linear([0.0, 0.1, 0.005], [0, 20, 40]),
+        {0: 0.0, 5: 0.025, 20: 0.1, 30: 0.0525, 40: 0.005, 99: 0.005},
+    ),
     "piecewise": (
         o.piecewise(0.1, [40, 60]),
         {0: 0.1, 39: 0.1, 40: 0.01, 59: 0.01, 60: 0.001},
@@ -99,6 +107,9 @@ def test_adam_moves_by_the_learning_rate_at_first():
         (lambda: o.adamw(0.1, weight_decay=-1.0), "weight_decay is -1"),
         (lambda: o.sgd(0.1, clip_norm=0.0), "clip_norm is 0"),
         (lambda: o.one_cycle(0.1, 10, warmup_steps=10), "warmup_steps is 10"),
+        (lambda: o.cosine_cycle(0.1, 10, warmup_steps=10), "warmup_steps is 10"),
+        (lambda: o.linear([0.1], [0, 1]), "1 values for 2 steps"),
+        (lambda: o.linear([0.1, 0.2], [5, 1]), r"\[5, 1\]"),
         (lambda: o.piecewise(0.1, [60, 40]), r"\[60, 40\]"),
     ],
 )

@@ -1,0 +1,258 @@
+"""What the experiments of training methods on CIFAR-10 share: `Recipe` and `run`.
+
+A `Recipe` holds everything but the method: data, net, budget, schedule, optimizer, what
+is watched and what is measured. An experiment's config contains one, and its flags are
+flat. `run` is `prepare`, `train`, `finish`; who needs more calls the three.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+import robustjax as rj
+from experiments import common
+from robustjax import data, models
+from robustjax.methods.base import Method
+from robustjax.training import monitors, optimizers
+from robustjax.training.loop import FitResult, Validate, fit
+
+Collapse = Literal["warn", "stop", "restore"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    out: str
+    """The run's folder. The same command on the same folder goes on with the run."""
+    data_dir: str | None = None
+    """Where cifar10.npz or another form of the set lies (docs/data.md)."""
+    seed: int = 0
+    """Decides weights, order, augmentation, noise and the held-out images."""
+
+    model: Literal["preact_resnet18", "resnet18", "wide_resnet"] = "preact_resnet18"
+    """The net."""
+    width: int = 16
+    """Channels of a ResNet-18's first stage, or WideResNet's factor."""
+    depth: int = 34
+    """Of the WideResNet."""
+    activation: Literal["relu", "silu"] = "relu"
+    """Of PreActResNet-18 and WideResNet."""
+
+    epsilon: str = "8/255"
+    """Linf budget, in training and testing."""
+
+    num_epochs: int = 10
+    """Passes over the training images: their number by the batch size, in batches."""
+    num_steps: int | None = None
+    """Batches to learn from, instead of `num_epochs`."""
+    batch_size: int = 128
+    """Images per step."""
+    schedule: Literal["one_cycle", "cosine_cycle", "cosine", "piecewise", "linear"] = (
+        "one_cycle"
+    )
+    """One linear rise and fall; both along cosines, from 1/25 of the highest rate; a
+    linear rise and a cosine to 0; a tenth at every boundary; linear between them."""
+    warmup: float = 0.4
+    """Fraction of the training in which the first three rise."""
+    boundaries: tuple[int, ...] = ()
+    """Epochs; absent: 1/2 and 3/4 of the training."""
+    values: tuple[float, ...] = ()
+    """Of `linear`: the rate at each boundary, as fractions of the highest."""
+    learning_rate: float = 0.2
+    """The highest one."""
+    weight_decay: float = 5e-4
+    """L2 penalty."""
+    decay: Literal["all", "kernels"] = "all"
+    """What is decayed: every weight, or no norm scales and biases."""
+    nesterov: bool = True
+    """Of the momentum 0.9."""
+    ema_decay: float | None = None
+    """Average the weights with this decay and use the averages."""
+
+    num_validation: int = 1000
+    """Training images held out."""
+    num_attacked: int = 500
+    """Of these, how many PGD-10 attacks after every epoch; the best epoch is kept."""
+    monitors: bool = True
+    """Watch training images, gradients and norms too (docs/methods.md)."""
+    num_monitored: int = 200
+    """How many training and held-out images the monitors look at."""
+
+    num_test: int = 1000
+    """How many test images, from the first."""
+    suite: Literal["fast", "standard"] | None = None
+    """Measure by this suite too; "standard" is AutoAttack."""
+
+
+class Prepared(NamedTuple):
+    """What a training starts from: when, the data, the net and the threat."""
+
+    began: common.Start
+    splits: common.Splits
+    model: models.Model
+    threat: rj.ThreatModel
+
+
+Build = Callable[[models.Model, rj.ThreatModel], Method]
+
+
+def run(config: Any, build: Build, **options: Any) -> dict[str, Any]:
+    """Train by the method that `build(model, threat)` makes, measure, save.
+
+    Args:
+      config: a frozen dataclass with a field `recipe`; decides what a resume compares.
+      build: makes the method.
+      options: see `train`.
+    """
+    ready = prepare(config.recipe)
+    method = build(ready.model, ready.threat)
+    return finish(config, ready, train(config, ready, method, **options))
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Load the data, build the net."""
+    began = common.start()
+    splits = common.load_splits(
+        *("cifar10", recipe.data_dir, recipe.seed),
+        *(recipe.num_validation, recipe.num_test),
+    )
+    model = common.build_model(
+        *(recipe.model, "cifar10", splits.num_classes),
+        *(recipe.width, recipe.depth, recipe.activation),
+    )
+    return Prepared(began, splits, model, rj.linf(recipe.epsilon))
+
+
+def train(
+    config: Any,
+    ready: Prepared,
+    method: Method,
+    *,
+    on_collapse: Collapse | None = None,
+    validate: Validate | None = None,
+    **options: Any,
+) -> FitResult:
+    """`fit` as the config's recipe says.
+
+    Args:
+      config: a `Recipe`, or a dataclass with one as its field `recipe`.
+      ready: of `prepare`.
+      method: the training method.
+      on_collapse: watch for catastrophic overfitting, and what to do about it.
+      validate: what chooses the checkpoint; None: PGD-10 and the monitors.
+      options: go to `fit` and win over what the recipe says.
+    """
+    recipe: Recipe = getattr(config, "recipe", config)
+    num_steps, per_epoch = length(recipe, ready.splits.train.x.shape[0])
+    rate = schedule(recipe, num_steps * method.repeats, per_epoch * method.repeats)
+    if recipe.monitors:
+        method = monitors.with_norms(method)
+    if validate is None:
+        validate = watch(recipe, ready, on_collapse)
+    arguments = {
+        "batch_size": recipe.batch_size,
+        "num_steps": num_steps,
+        "checkpoint_every": min(per_epoch, num_steps),
+        "augment": data.compose(data.random_crop, data.random_flip),
+        "validate": validate,
+        "out": recipe.out,
+        "config": common.training_part(config),
+        "ema_decay": recipe.ema_decay,
+        "compiler_options": models.convolution_options(),
+    }
+    tx = optimizers.sgd(
+        rate,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+        decay=recipe.decay,
+    )
+    key = jax.random.key(recipe.seed)
+    inputs = (key, ready.model, method, tx, ready.splits.train)
+    return fit(*inputs, **{**arguments, **options})
+
+
+def length(recipe: Recipe, num_train: int) -> tuple[int, int]:
+    """Steps of the whole training, and of an epoch."""
+    per_epoch = data.steps_per_epoch(num_train, recipe.batch_size)
+    return recipe.num_steps or recipe.num_epochs * per_epoch, per_epoch
+
+
+def schedule(recipe: Recipe, num_steps: int, per_epoch: int) -> optimizers.Schedule:
+    """The learning rate at each of `num_steps` updates."""
+    peak, rise = recipe.learning_rate, round(recipe.warmup * num_steps)
+    if recipe.schedule == "one_cycle":
+        return optimizers.one_cycle(peak, num_steps, warmup_steps=rise)
+    if recipe.schedule == "cosine_cycle":
+        return optimizers.cosine_cycle(peak, num_steps, warmup_steps=rise)
+    if recipe.schedule == "cosine":
+        return optimizers.cosine(peak, num_steps, warmup_steps=rise)
+    steps = [epoch * per_epoch for epoch in recipe.boundaries]
+    if recipe.schedule == "piecewise":
+        halves = [num_steps // 2, num_steps * 3 // 4]
+        return optimizers.piecewise(peak, steps or halves)
+    return optimizers.linear([peak * value for value in recipe.values], steps)
+
+
+def watch(recipe: Recipe, ready: Prepared, on_collapse: Collapse | None) -> Validate:
+    """What is measured after every epoch, on held-out and on training images."""
+    model, threat, splits = ready.model, ready.threat, ready.splits
+    count = recipe.num_monitored
+    rows = jax.tree.map(lambda leaf: leaf[:count], (splits.train.x, splits.train.y))
+    train_set = np.asarray(data.to_float(rows[0], splits.train.scale)), rows[1]
+    held_out = splits.validation[0][:count], splits.validation[1][:count]
+    parts: list[monitors.Monitor] = [
+        common.validator(model, splits.validation, threat, recipe.num_attacked)
+    ]
+    robust = "train_robust_accuracy"
+    if on_collapse is not None:  # it attacks the same images by PGD-10
+        robust = "train_pgd_accuracy"
+        collapse = monitors.catastrophic_overfitting
+        parts.append(collapse(model, threat, train_set, on_collapse))
+    elif recipe.monitors:
+        parts.append(monitors.accuracies(model, threat, train_set, prefix="train_"))
+    if recipe.monitors:
+        parts.append(monitors.smoothness(model, threat, held_out))
+    watched = monitors.together(*parts)
+
+    def validate(params: Any, extra: Any) -> dict[str, float]:
+        found = dict(watched(params, extra))
+        if recipe.monitors:
+            found["robust_gap"] = found[robust] - found["robust_accuracy"]
+        return found
+
+    return validate
+
+
+def finish(config: Any, ready: Prepared, trained: FitResult) -> dict[str, Any]:
+    """Measure the chosen checkpoint by FGSM, PGD-20 and the recipe's suite; save."""
+    recipe: Recipe = config.recipe
+    more = {"config": config, **ending(trained.history)}
+    if recipe.suite:
+        report = rj.evaluate(
+            models.logits_fn(ready.model, trained.params, trained.extra),
+            *(*ready.splits.test, ready.threat),
+            suite=recipe.suite,
+            batch_size=250,
+        )
+        print(report)
+        more["suite"] = report.summary()
+    attacks = {"FGSM": rj.fgsm(), "PGD-20": rj.pgd(20)}
+    inputs = (ready.model, trained, ready.splits, ready.threat, attacks, ready.began)
+    return common.measure(recipe.out, *inputs, more=more)
+
+
+def ending(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the last epoch's monitors said, and the step of the first collapse.
+
+    >>> row = {"kind": "validate", "step": 8, "collapsed": 1.0}
+    >>> ending([row])["collapsed_after"]
+    8
+    """
+    rows = [row for row in history if row["kind"] == "validate"]
+    collapsed = [row["step"] for row in rows if row.get("collapsed")]
+    return {
+        "last": rows[-1] if rows else None,
+        "collapsed_after": collapsed[0] if collapsed else None,
+    }
