@@ -38,7 +38,7 @@ from robustjax.methods.nfgsm import nfgsm
 from robustjax.methods.standard import standard
 from robustjax.methods.trades import trades
 from robustjax.models import Model
-from robustjax.training.step import Decay, ramped
+from robustjax.training.step import Decay, averaged_from, ramped
 
 STEPS = 7  # of PGD against several norms, and of the curricula
 FREE = 8  # updates per batch
@@ -220,6 +220,11 @@ CONTESTANTS: dict[str, Contestant] = {
         plain,
         *(8, "above madry in long trainings (2010.03593)"),
         ema_decay=lambda s: ramped(0.995),
+    ),
+    "swa": Contestant(
+        plain,
+        *(8, "above madry in long trainings (Chen et al., ICLR 2021)"),
+        ema_decay=lambda s: averaged_from(s.num_updates * 3 // 4),
     ),
     "standard_half": Contestant(
         lambda s: standard(s.model), 1, "below standard in clean", half=True

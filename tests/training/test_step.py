@@ -9,7 +9,7 @@ import pytest
 from robustjax.methods.base import Aux, Method
 from robustjax.metrics import mean_of, value
 from robustjax.training.state import Ema, TrainState
-from robustjax.training.step import make_train_step, ramped
+from robustjax.training.step import averaged_from, make_train_step, ramped
 from robustjax.types import Batch
 
 BATCH = Batch(jnp.zeros((2, 1)), jnp.zeros(2, jnp.int32))
@@ -99,3 +99,37 @@ def test_masked_rows_are_kept_from_batch_statistics(name):
         dataclasses.replace(first(), extra={}), batch
     )
     assert int(state.step) == 1
+
+
+@pytest.mark.parametrize(("start", "every"), [(0, 1), (3, 1), (2, 3)])
+def test_averaged_from_is_the_plain_mean_of_weights_and_statistics(start, every):
+    with jax.enable_x64(True):
+        step = jax.jit(
+            make_train_step(
+                noisy(1), optax.sgd(1.0), ema_decay=averaged_from(start, every)
+            )
+        )
+        state = jax.tree.map(
+            lambda v: v.astype(jnp.float64) if v.dtype == jnp.float32 else v,
+            first(ema=True),
+        )
+        seen = []
+        for t in range(12):
+            state, _ = step(state, BATCH)
+            seen.append([np.asarray(v) for v in (state.params, state.extra["mean"])])
+            counted = seen[start : t + 1 : every] if t >= start else seen[-1:]
+            assert state.ema.params.dtype == np.float64
+            for found, values in zip(
+                (state.ema.params, state.ema.extra["mean"]),
+                zip(*counted, strict=True),
+                strict=True,
+            ):
+                np.testing.assert_allclose(found, np.mean(values, 0), rtol=1e-14)
+            assert int(state.ema.extra["count"]) == t + 1
+
+
+def test_averaged_from_refuses_what_is_no_step():
+    with pytest.raises(ValueError, match="start is -1, every 1; give 0 or more"):
+        averaged_from(-1)
+    with pytest.raises(ValueError, match="every 0"):
+        averaged_from(0, 0)
