@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import robustjax as rj
-from robustjax import data, models
+from robustjax import data, models, plots
 from robustjax.logging import duration, provenance, write_json
 from robustjax.training import optimizers
+from robustjax.training.curves import draw_run
 from robustjax.training.loop import FitResult
 
 Config = TypeVar("Config")
@@ -191,11 +192,14 @@ def measure(
     attacks: Mapping[str, rj.AttackFn],
     began: Start,
     more: Mapping[str, Any] | None = None,
+    learning_rate: optimizers.Schedule | None = None,
 ) -> dict[str, Any]:
     """Evaluate the chosen checkpoint on the test images; print and save the results.
 
-    `more` is written beside them.
+    `more` is written beside them. The training's curves, with the learning rate where
+    it is given, go to `curves.png`.
     """
+    plots.save(draw_run(trained.history, learning_rate), Path(out) / "curves.png")
     f = models.logits_fn(model, trained.params, trained.extra)
     report = rj.evaluate(
         f,

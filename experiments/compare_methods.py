@@ -31,6 +31,7 @@ from experiments.evaluate import BUDGETS
 from robustjax import data, models, plots
 from robustjax.logging import duration
 from robustjax.training import monitors, optimizers
+from robustjax.training.curves import draw_run
 from robustjax.training.loop import fit
 from robustjax.training.weights import weights_of
 
@@ -223,6 +224,8 @@ def train(
         ema_decay=one.ema_decay(setting) if one.ema_decay else None,
         compiler_options=models.convolution_options(),
     )
+    curves = draw_run(found.history, lambda step: rate(step * repeats))
+    plots.save(curves, task.out / "nets" / f"{name}_{seed}" / "curves.png")
     f = models.logits_fn(task.model, *weights_of(found.state))
     learned = [row for row in found.history if row["kind"] == "train"]
     watched = [row for row in found.history if row["kind"] == "validate"]

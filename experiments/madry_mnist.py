@@ -136,7 +136,9 @@ def main(config: Config) -> dict[str, Any]:
         compiler_options=models.convolution_options(),
     )
     attacks = {"FGSM": rj.fgsm(), "PGD-40": rj.pgd(40)}
-    return common.measure(out, model, trained, splits, threat, attacks, began)
+    return common.measure(
+        *(out, model, trained, splits, threat, attacks, began), learning_rate=rate
+    )
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ IN_FUNCTIONS_ONLY = {"grain", "tensorflow_datasets", "array_record", "PIL"} | {
     "tyro",
 }
 # Asked for where it happens to be; nothing here needs it (TFDS's own downloads do).
-NOT_DECLARED = {"tensorflow": "data.prepare"}
+NOT_DECLARED = {"tensorflow": "data.prepare", "tensorboard": "training.tensorboard"}
 DISTRIBUTION = {"orbax": "orbax-checkpoint", "PIL": "pillow"}
 
 

@@ -182,11 +182,12 @@ def test_madry_mnist_trains_reports_and_takes_a_run_up_again(
         **TINY,
     )
     results = madry_mnist.main(config)
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert results["epsilon"] == pytest.approx(0.1)
     assert set(results["accuracy"]) == {"FGSM", "PGD-40"}
     assert results["robust_accuracy"] <= results["clean_accuracy"]
     # A finished run only measures again: the same weights.
-    monkeypatch.setattr(common, "measure", lambda *given: given[2].metrics)
+    monkeypatch.setattr(common, "measure", lambda *given, **more: given[2].metrics)
     assert madry_mnist.main(config) == results["checkpoint"]
     assert len(read(tmp_path / "run" / "provenance.json")["starts"]) == 2
     capsys.readouterr()
