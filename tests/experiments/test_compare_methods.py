@@ -7,6 +7,7 @@ import pytest
 import robustjax as rj
 from experiments import compare_methods as experiment
 from experiments.contestants import CONTESTANTS, MULTINORM, chosen
+from robustjax.training import monitors
 from tests.experiments import schema
 
 TINY = {"num_train": 32, "num_test": 8, "num_monitored": 4, "batch_size": 16}
@@ -17,6 +18,18 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def quick_evaluation(monkeypatch):
+    """APGD alone, in place of the fast suite, whose programs take 6 s to compile."""
+
+    def quickly(*arguments, suite, **options):
+        assert suite == "fast"
+        return evaluate(*arguments, suite=("apgd-ce",), checks="none", **options)
+
+    evaluate = rj.evaluate
+    monkeypatch.setattr(rj, "evaluate", quickly)
 
 
 def tiny(tmp_path, **more):
@@ -119,15 +132,18 @@ def test_a_training_that_diverges_is_a_result(tmp_path, monkeypatch):
         experiment.main(tiny(tmp_path, methods=("fast",), gradients_per_image=20))
 
 
-@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.usefixtures("quick_compilation", "quick_evaluation")
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 def test_a_tiny_run_writes_everything_and_computes_nothing_twice(tmp_path, monkeypatch):
-    def quickly(*arguments, suite, **options):  # the fast suite alone takes 6 s
-        assert suite == "fast"
-        return evaluate(*arguments, suite=("apgd-ce",), checks="none", **options)
-
-    evaluate = rj.evaluate
-    monkeypatch.setattr(rj, "evaluate", quickly)
+    # What is watched has tests of its own; the slow test below watches in earnest.
+    watched = {
+        "overfitting": {"robust_accuracy": 0.5},
+        "catastrophic_overfitting": {"collapsed": 0.0},
+        "smoothness": {},
+    }
+    for name, numbers in watched.items():
+        monitor = lambda params, extra, numbers=numbers: numbers  # noqa: E731
+        monkeypatch.setattr(monitors, name, lambda *rest, m=monitor: m)
     config = tiny(tmp_path, methods=("standard", "fast"), gradients_per_image=8)
     experiment.main(config)
     first = schema.check(tmp_path)["measurements"]["methods"]
@@ -146,6 +162,8 @@ def test_a_tiny_run_writes_everything_and_computes_nothing_twice(tmp_path, monke
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.usefixtures("quick_compilation", "quick_evaluation")
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 def test_every_method_runs(tmp_path):
     experiment.main(tiny(tmp_path, num_train=128, gradients_per_image=40))
