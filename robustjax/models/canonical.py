@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from robustjax.models.convolution import canonical_convolution, is_canonical
+from robustjax.models.convolution import canonical_convolution
 from robustjax.models.forms import Geometry
 from robustjax.models.layers import max_pool
 from robustjax.problems import takes_key
@@ -24,7 +24,7 @@ CONVOLUTION = "conv_general_dilated"
 POOLING = "reduce_window_max"
 CALLS = ("jit", "pjit", "closed_call", "core_call")
 CHECKPOINTS = ("remat", "remat2", "checkpoint")
-OURS = ("canonical_convolution", "_kernel_gradient")
+OURS = ("canonical_convolution", "_convolution", "_kernel_gradient")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def canonicalize(logits_fn: Callable[..., Array]) -> LogitsFn:
     (2, 4)
     """
     partial = _as_partial(logits_fn)
-    if not is_canonical("auto"):
+    if jax.default_backend() != "cpu":  # it runs the result, here and now
         return partial
     return jax.tree_util.Partial(_Canonical(takes_key(logits_fn)), partial)
 

@@ -4,11 +4,14 @@ XLA's CPU compiler brings a convolution into its fast canonical form only outsid
 `while` bodies (jax-ml/jax issue 12868), and the gradient of a convolution, as JAX
 writes it, is not canonical: inside a `scan` it runs 10 to 15 times slower. Here every
 convolution, those of all derivatives included, reads NHWC x HWIO -> NHWC; transposes
-and flips are written out and kept apart by optimization barriers.
+and flips are written out and kept apart by optimization barriers. Elsewhere the
+compiler chooses its own layouts, and well. Which it is is decided when a program is
+lowered, by the platform that it is lowered for: a machine without a TPU can export or
+plan for one.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -19,6 +22,7 @@ from robustjax.models.forms import (
     DIMENSIONS,
     Geometry,
     convolve,
+    direct,
     kernel_gradient,
 )
 from robustjax.types import Array
@@ -26,26 +30,24 @@ from robustjax.types import Array
 Convolution = Literal["auto", "plain", "canonical"]
 
 
-def is_canonical(convolution: Convolution) -> bool:
-    """Whether `convolution` means the canonical form on this machine.
+def has_own_rule(convolution: Convolution) -> bool:
+    """Whether derivatives follow rules of this package; "plain": those of JAX.
 
     Args:
-        convolution: "canonical", "plain", or "auto": canonical on CPU, plain elsewhere
-            (on GPU and TPU the compiler chooses its own layouts, and well).
+        convolution: "plain", "canonical", or "auto": canonical where a program is
+            lowered for a CPU, as JAX writes it for other platforms.
 
     Raises:
         ValueError: on any other word.
 
-    >>> is_canonical("plain")
+    >>> has_own_rule("plain")
     False
     """
-    if convolution == "auto":
-        return jax.default_backend() == "cpu"
-    if convolution not in ("plain", "canonical"):
+    if convolution not in ("auto", "plain", "canonical"):
         raise ValueError(
             f"convolution={convolution!r}: choose 'auto', 'plain' or 'canonical'."
         )
-    return convolution == "canonical"
+    return convolution != "plain"
 
 
 def conv2d(
@@ -60,16 +62,17 @@ def conv2d(
 
     `out[b, i, j, o] = sum_{u, v, c} x[b, s i + u - p, s j + v - p, c] k[u, v, c, o]`
 
-    The canonical form is a custom reverse-mode rule, so it serves `grad`, `grad` of
-    `grad`, `vmap` and `scan`, but not forward mode: for `jvp`, `jacfwd` and `hessian`
-    pass `convolution="plain"`.
+    "auto" and "canonical" are custom reverse-mode rules, so they serve `grad`, `grad`
+    of `grad`, `vmap` and `scan`, but on no platform forward mode: for `jvp`, `jacfwd`
+    and `hessian` pass `convolution="plain"`.
 
     Args:
         x: inputs `[B, H, W, C]`.
         kernel: `[h, w, C, O]`.
         strides: of the window, in rows and columns.
         padding: "SAME", "VALID" or ((top, bottom), (left, right)).
-        convolution: "auto" (canonical on CPU), "plain" or "canonical".
+        convolution: "auto" (derivatives canonical where the program is lowered for a
+            CPU), "plain" or "canonical".
 
     Returns:
         `[B, H', W', O]`.
@@ -80,7 +83,7 @@ def conv2d(
     >>> conv2d(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 5)), (2, 2)).shape
     (1, 2, 2, 5)
     """
-    if not is_canonical(convolution):
+    if not has_own_rule(convolution):
         return lax.conv_general_dilated(
             x, kernel, strides, padding, dimension_numbers=DIMENSIONS
         )
@@ -89,9 +92,45 @@ def conv2d(
     else:
         pads = padding
     rows, columns = ((int(low), int(high)) for low, high in pads)
-    return canonical_convolution(
-        x, kernel, Geometry((strides[0], strides[1]), (rows, columns))
+    geometry = Geometry((strides[0], strides[1]), (rows, columns))
+    if convolution == "canonical":
+        return canonical_convolution(x, kernel, geometry)
+    return _convolution(x, kernel, geometry)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolution(x: Array, kernel: Array, geometry: Geometry) -> Array:
+    """As `canonical_convolution`, but derivatives are canonical on CPU only."""
+    return convolve(x, kernel, geometry)
+
+
+def _convolution_forward(x: Array, kernel: Array, geometry: Geometry):
+    return _convolution(x, kernel, geometry), (x, kernel)
+
+
+def _convolution_backward(
+    geometry: Geometry, residuals: tuple[Array, Array], g: Array
+) -> tuple[Array, Array]:
+    # Two choices and not one: where only one gradient is used, the other is removed.
+    def by_input(x: Array, kernel: Array, g: Array) -> Array:
+        return jax.linear_transpose(lambda x: direct(x, kernel, geometry), x)(g)[0]
+
+    def by_kernel(x: Array, kernel: Array, g: Array) -> Array:
+        return jax.linear_transpose(lambda k: direct(x, k, geometry), kernel)(g)[0]
+
+    def choose(cpu: Callable[..., Array], default: Callable[..., Array]) -> Array:
+        return lax.platform_dependent(*residuals, g, cpu=cpu, default=default)
+
+    return (
+        choose(lambda x, k, g: _input_gradient(x, k, g, geometry), by_input),
+        choose(
+            lambda x, k, g: _kernel_gradient(geometry, k.shape, x, g),
+            by_kernel,
+        ),
     )
+
+
+_convolution.defvjp(_convolution_forward, _convolution_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

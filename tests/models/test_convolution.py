@@ -13,7 +13,7 @@ from jax import lax
 from robustjax.models.convolution import (
     canonical_convolution,
     conv2d,
-    is_canonical,
+    has_own_rule,
 )
 from robustjax.models.forms import DIMENSIONS, Geometry, direct
 
@@ -196,6 +196,6 @@ def test_every_convolution_in_the_double_backward_is_canonical():
 
 
 def test_the_word_is_checked():
-    assert is_canonical("canonical") and not is_canonical("plain")
+    assert has_own_rule("canonical") and not has_own_rule("plain")
     with pytest.raises(ValueError, match="convolution='fast'"):
-        is_canonical("fast")
+        has_own_rule("fast")
