@@ -25,9 +25,12 @@ def checkout(tmp_path):
     return tmp_path
 
 
-def _run(checkout, script, *arguments):
+def _run(checkout, script, *arguments, **options):
     return subprocess.run(
-        [checkout / "scripts" / script, *arguments], capture_output=True, text=True
+        [checkout / "scripts" / script, *arguments],
+        capture_output=True,
+        text=True,
+        **options,
     )
 
 
@@ -93,3 +96,56 @@ def test_new_method_refuses_a_bad_name(checkout, arguments):
     done = _run(checkout, "new_method", *arguments)
     assert done.returncode == 2
     assert "new_method NAME" in done.stderr or "word of Python" in done.stderr
+
+
+def _program(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A checkout with the two scripts alone."""
+    for name in ("scripts/test", "scripts/setup", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("given", [("--python", "3.11"), ("--python=3.11",)])
+def test_test_takes_another_python(bare, given):
+    _program(bare / "scripts/setup", 'echo "setup $ROBUSTJAX_PYTHON $ROBUSTJAX_VENV"')
+    _program(bare / ".venv-3.11/bin/python", 'echo "3.11 $@"')
+    _program(bare / ".venv/bin/python", 'echo "own $@"')
+    done = _run(bare, "test", *given, "tests/x.py", "-k", "one two")
+    setup, tests = done.stdout.splitlines()
+    assert setup == "setup 3.11 .venv-3.11"
+    assert tests == "3.11 -m pytest -n auto tests/x.py -k one two"
+    assert _run(bare, "test", "-x").stdout.endswith("own -m pytest -n auto -x\n")
+
+
+@pytest.mark.parametrize(
+    "given", [("--python",), ("--python", "new"), ("--python=2.7",)]
+)
+def test_test_refuses_what_is_no_version(bare, given):
+    done = _run(bare, "test", *given)
+    assert done.returncode == 2
+    assert "give a version such as 3.11" in done.stderr
+
+
+def test_setup_says_which_pythons_there_are(bare):
+    """Fake ones, which answer as CPython 3.12.9 and 3.13.1 would."""
+    _program(bare / "bin/python3.12", "echo 12 1 9 3.12.9")
+    _program(bare / "bin/python3.13", "echo 13 1 1 3.13.1")
+    env = {"PATH": f"{bare / 'bin'}:{bare / 'tools'}", "HOME": str(bare)}
+    (bare / "tools").mkdir()  # what setup needs, without this machine's Pythons
+    for tool in ("bash", "awk", "sort", "paste", "cat", "cksum", "dirname", "flock"):
+        (bare / "tools" / tool).symlink_to(shutil.which(tool))
+    env |= {"ROBUSTJAX_PYTHON": "3.11", "ROBUSTJAX_VENV": ".venv-3.11"}
+    done = _run(bare, "setup", env=env)
+    assert done.returncode == 1
+    assert "no Python 3.11 found" in done.stderr
+    assert "There are: 3.12.9 3.13.1." in done.stderr
+    done = _run(bare, "setup", env={**env, "ROBUSTJAX_VENV": "venv/../.."})
+    assert "ROBUSTJAX_VENV=venv/../.. is no name" in done.stderr
