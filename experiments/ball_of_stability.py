@@ -272,4 +272,4 @@ def draw_condition(brackets, lists):
 
 
 if __name__ == "__main__":
-    main(common.parse(Config(), __doc__))
+    common.launch(main, Config(), __doc__)

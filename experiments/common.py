@@ -11,8 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import robustjax as rj
+from experiments import machine
+from experiments.machine import Machine
 from robustjax import data, models, plots
 from robustjax.logging import duration, provenance, write_json
+from robustjax.parallel import is_writer
 from robustjax.training import optimizers
 from robustjax.training.curves import draw_run
 from robustjax.training.loop import FitResult
@@ -29,7 +32,7 @@ SHAPES = {
 # What a config says beside how the weights come about; may differ on resume.
 NOT_TRAINING = (
     *("preset", "out", "data_dir"),
-    *("num_test", "test_steps", "num_restarts", "suite"),
+    *("num_test", "test_steps", "num_restarts", "suite", "machine"),
 )
 
 
@@ -63,6 +66,17 @@ def parse(
         prog=next(" ".join(n.split()[:3]) for n in lines if n.startswith("python -m")),
         description="\n\n".join([title, *lines]),
     )
+
+
+def launch(
+    main: Callable[[Any], Any],
+    default: Any | Mapping[str, Any],
+    document: str | None,
+) -> None:
+    """Run an experiment from the command line: flags, processes, `main(config)`."""
+    config = parse(default, document)
+    with machine.started(machine.of(config)):
+        main(config)
 
 
 class Start(NamedTuple):
@@ -116,23 +130,26 @@ def build_model(
     width: int | None = None,
     depth: int | None = None,
     activation: str = "relu",
+    on: Machine = machine.HERE,
 ) -> models.Model:
     """The net of a config; it normalizes its inputs itself."""
     mean, std = (0.0,), (1.0,)
     if dataset == "cifar10":
         mean, std = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+    blocks = name in ("preact_resnet18", "wide_resnet")
+    more = {"mean": mean, "std": std, **machine.net_options(on, blocks)}
     if name == "preact_resnet18":
-        return models.preact_resnet18(
-            num_classes, width=width or 16, activation=activation, mean=mean, std=std
-        )
-    if name == "resnet18":
-        return models.resnet18(num_classes, width=width or 64, mean=mean, std=std)
-    if name == "wide_resnet":
+        more |= {"width": width or 16, "activation": activation}
+        found = models.preact_resnet18(num_classes, **more)
+    elif name == "resnet18":
+        found = models.resnet18(num_classes, width=width or 64, **more)
+    elif name == "wide_resnet":
         sizes = depth or 34, width or 10, num_classes
-        return models.wide_resnet(*sizes, activation=activation, mean=mean, std=std)
-    return {"madry_mnist": models.madry_mnist, "small_cnn": models.small_cnn}[name](
-        num_classes, mean=mean, std=std
-    )
+        found = models.wide_resnet(*sizes, activation=activation, **more)
+    else:
+        nets = {"madry_mnist": models.madry_mnist, "small_cnn": models.small_cnn}
+        found = nets[name](num_classes, **more)
+    return machine.net(on, found)
 
 
 def learning_rate(name: str, peak: float, num_steps: int) -> optimizers.Schedule:
@@ -150,9 +167,13 @@ def training_part(config: Any) -> dict[str, Any]:
     Those of a dataclass inside stand beside the others, as the flags do.
     """
     fields: dict[str, Any] = {}
-    for name, v in dataclasses.asdict(config).items():
-        fields.update(v if isinstance(v, dict) else {name: v})
-    return {name: v for name, v in fields.items() if name not in NOT_TRAINING}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in NOT_TRAINING:
+            continue
+        inside = dataclasses.is_dataclass(value)
+        fields.update(training_part(value) if inside else {field.name: value})
+    return fields
 
 
 def validator(
@@ -160,6 +181,7 @@ def validator(
     examples: tuple[np.ndarray, np.ndarray],
     threat: rj.ThreatModel,
     count: int,
+    mesh: Any = None,
 ) -> Callable[[Any, Any], dict[str, float]]:
     """`fit`'s `validate`: accuracy on `count` held-out images, clean and by PGD-10."""
     attacks = {"PGD-10": rj.pgd(10)}
@@ -174,6 +196,7 @@ def validator(
             batch_size=100,
             checks="none",
             progress=False,
+            mesh=mesh,
         )
         return {
             "clean_accuracy": report.clean_accuracy,
@@ -193,13 +216,15 @@ def measure(
     began: Start,
     more: Mapping[str, Any] | None = None,
     learning_rate: optimizers.Schedule | None = None,
+    mesh: Any = None,
 ) -> dict[str, Any]:
     """Evaluate the chosen checkpoint on the test images; print and save the results.
 
     `more` is written beside them. The training's curves, with the learning rate where
     it is given, go to `curves.png`.
     """
-    plots.save(draw_run(trained.history, learning_rate), Path(out) / "curves.png")
+    if is_writer():
+        plots.save(draw_run(trained.history, learning_rate), Path(out) / "curves.png")
     f = models.logits_fn(model, trained.params, trained.extra)
     report = rj.evaluate(
         f,
@@ -208,6 +233,7 @@ def measure(
         attacks=attacks,
         individual=True,
         batch_size=250,
+        mesh=mesh,
     )
     print(report)
     found = next(iter(report.threats))
@@ -232,6 +258,8 @@ def save_results(
     times = {"seconds": seconds, "cpu_seconds": time.process_time()}
     results = {**results, **times}
     path = Path(out) / "results.json"
+    if not is_writer():
+        return results
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {**results, "provenance": began.provenance})
     print(f"{path} ({duration(seconds)})")

@@ -438,4 +438,4 @@ def draw(summary: Mapping[str, Any]):
 
 
 if __name__ == "__main__":
-    main(common.parse(Config(), __doc__))
+    common.launch(main, Config(), __doc__)

@@ -250,4 +250,4 @@ def draw(runs, switch: int, config: Config):
 
 
 if __name__ == "__main__":
-    main(common.parse(Config(), __doc__))
+    common.launch(main, Config(), __doc__)

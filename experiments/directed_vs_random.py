@@ -356,4 +356,4 @@ def draw(config: Config, linear: dict, nets: dict):
 
 
 if __name__ == "__main__":
-    main(common.parse(Config(), __doc__))
+    common.launch(main, Config(), __doc__)

@@ -255,4 +255,4 @@ def draw(nets, config: Config):
 
 
 if __name__ == "__main__":
-    main(common.parse(Config(), __doc__))
+    common.launch(main, Config(), __doc__)

@@ -22,8 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import robustjax as rj
-from experiments import common
+from experiments import common, machine
+from experiments.machine import Machine
 from robustjax import data, models
+from robustjax.parallel import is_writer
 from robustjax.training.loop import load_weights
 
 # Budgets in input units; L0 counts coordinates (a color pixel has three).
@@ -71,11 +73,12 @@ class Config:
     num_test: int = 1000
     """How many test images, from the first."""
     batch_size: int = 250
-    """Images at once."""
+    """Images at once, on each device."""
+    machine: Machine = Machine()
 
 
 def load_run(
-    run: str | Path, which: str = "best"
+    run: str | Path, which: str = "best", on: Machine = machine.HERE
 ) -> tuple[rj.LogitsFn, str, dict[str, Any]]:
     """The net of a run as a logits function, its data set's name and its config."""
     path = Path(run) / "config.json"
@@ -93,6 +96,7 @@ def load_run(
         width=config.get("width"),
         depth=config.get("depth"),
         activation=config.get("activation", "relu"),
+        on=on,
     )
     like = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, *shape)))
     params, extra = load_weights(run, like, which)
@@ -101,7 +105,11 @@ def load_run(
 
 def main(config: Config) -> dict[str, Any]:
     began = common.start()
-    f, dataset, trained = load_run(config.run, config.which)
+    if config.machine.microbatches != 1 or config.machine.shard_params:
+        raise ValueError(
+            "microbatches and shard_params are for training: give a smaller batch_size."
+        )
+    f, dataset, trained = load_run(config.run, config.which, config.machine)
     found = data.load(dataset, config.data_dir)
     x = data.to_float(jnp.asarray(found.x_test[: config.num_test]), found.max_value)
     y = found.y_test[: config.num_test]
@@ -133,10 +141,12 @@ def main(config: Config) -> dict[str, Any]:
         batch_size=config.batch_size,
         checks=config.checks,
         resume=out / "ledger" if config.suite and config.resume else None,
+        mesh=machine.mesh(config.machine),
     )
     used = f"{found.source}; first {len(y):,} test images"
     print(used, report, sep="\n")
-    report.save(out)
+    if is_writer():
+        report.save(out)
     return common.save_results(
         out,
         {**report.summary(), "config": config, "run": trained, "data": used},
@@ -145,4 +155,4 @@ def main(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(common.parse(Config(), __doc__))
+    common.launch(main, Config(), __doc__)

@@ -260,4 +260,4 @@ def draw(nets, found, deltas, x, y, config: Config):
 
 
 if __name__ == "__main__":
-    main(common.parse(Config(), __doc__))
+    common.launch(main, Config(), __doc__)

@@ -184,4 +184,4 @@ def draw(drawn: dict[tuple[str, str], tuple[np.ndarray, ...]]):
 
 
 if __name__ == "__main__":
-    main(common.parse(Config(), __doc__))
+    common.launch(main, Config(), __doc__)

@@ -30,7 +30,8 @@ from typing import Any, Literal
 import jax
 
 import robustjax as rj
-from experiments import common
+from experiments import common, machine
+from experiments.machine import Machine
 from robustjax import data, models
 from robustjax.methods.madry import madry
 from robustjax.training import optimizers
@@ -87,6 +88,7 @@ class Config:
     """Of these, how many PGD-10 attacks after every epoch; the best epoch is kept."""
     num_test: int = 1000
     """How many test images, from the first."""
+    machine: Machine = Machine()
 
 
 MADRY = Config(
@@ -121,17 +123,20 @@ def main(config: Config) -> dict[str, Any]:
         config.num_test,
     )
     model = common.build_model(
-        config.model, "cifar10", splits.num_classes, config.width, config.depth
+        *(config.model, "cifar10", splits.num_classes, config.width, config.depth),
+        on=config.machine,
     )
+    options = machine.fit_options(config.machine, config.batch_size)
     threat = rj.linf(config.epsilon)
     attack_fn = rj.pgd(config.attack_steps, config.attack_step_size, keep=rj.last)
     per_epoch = data.steps_per_epoch(splits.train.x.shape[0], config.batch_size)
     num_steps = config.num_steps or config.num_epochs * per_epoch
     rate = common.learning_rate(config.schedule, config.learning_rate, num_steps)
+    method = madry(model, threat, attack_fn, bn_mode=config.bn_mode)
     trained = fit(
         jax.random.key(config.seed),
         model,
-        madry(model, threat, attack_fn, bn_mode=config.bn_mode),
+        machine.method(config.machine, method),
         optimizers.sgd(rate, weight_decay=config.weight_decay, decay=config.decay),
         splits.train,
         batch_size=config.batch_size,
@@ -139,16 +144,20 @@ def main(config: Config) -> dict[str, Any]:
         checkpoint_every=min(per_epoch, num_steps),
         augment=data.compose(data.random_crop, data.random_flip),
         validate=common.validator(
-            model, splits.validation, threat, config.num_attacked
+            *(model, splits.validation, threat, config.num_attacked, options["mesh"])
         ),
         out=config.out,
         config=common.training_part(config),
         ema_decay=config.ema_decay,
         compiler_options=models.convolution_options(),
+        **options,
     )
     attacks = {"FGSM": rj.fgsm(), "PGD-20": rj.pgd(20)}
-    return common.measure(config.out, model, trained, splits, threat, attacks, began)
+    return common.measure(
+        *(config.out, model, trained, splits, threat, attacks, began),
+        mesh=options["mesh"],
+    )
 
 
 if __name__ == "__main__":
-    main(common.parse(PRESETS, __doc__))
+    common.launch(main, PRESETS, __doc__)

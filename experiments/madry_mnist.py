@@ -26,7 +26,8 @@ from typing import Any, Literal
 import jax
 
 import robustjax as rj
-from experiments import common
+from experiments import common, machine
+from experiments.machine import Machine
 from robustjax import data, models
 from robustjax.methods.madry import madry
 from robustjax.threats import standard_threat
@@ -79,6 +80,7 @@ class Config:
     """Of these, how many PGD-10 attacks after every epoch; the best epoch is kept."""
     num_test: int = 1000
     """How many test images, from the first."""
+    machine: Machine = Machine()
 
 
 PRESETS = {
@@ -107,7 +109,10 @@ def main(config: Config) -> dict[str, Any]:
         config.num_test,
     )
     out = config.out or f"runs/madry_{config.dataset}_{config.preset}"
-    model = common.build_model(config.model, config.dataset, splits.num_classes)
+    model = common.build_model(
+        config.model, config.dataset, splits.num_classes, on=config.machine
+    )
+    options = machine.fit_options(config.machine, config.batch_size)
     threat = (
         rj.linf(config.epsilon)
         if config.epsilon
@@ -120,7 +125,7 @@ def main(config: Config) -> dict[str, Any]:
     trained = fit(
         jax.random.key(config.seed),
         model,
-        madry(model, threat, attack_fn),
+        machine.method(config.machine, madry(model, threat, attack_fn)),
         optimizers.adam(rate)
         if config.optimizer == "adam"
         else optimizers.sgd(rate, weight_decay=config.weight_decay),
@@ -129,17 +134,20 @@ def main(config: Config) -> dict[str, Any]:
         num_steps=num_steps,
         checkpoint_every=min(per_epoch, num_steps),
         validate=common.validator(
-            model, splits.validation, threat, config.num_attacked
+            *(model, splits.validation, threat, config.num_attacked, options["mesh"])
         ),
         out=out,
         config=common.training_part(config),
         compiler_options=models.convolution_options(),
+        **options,
     )
     attacks = {"FGSM": rj.fgsm(), "PGD-40": rj.pgd(40)}
     return common.measure(
-        *(out, model, trained, splits, threat, attacks, began), learning_rate=rate
+        *(out, model, trained, splits, threat, attacks, began),
+        learning_rate=rate,
+        mesh=options["mesh"],
     )
 
 
 if __name__ == "__main__":
-    main(common.parse(PRESETS, __doc__))
+    common.launch(main, PRESETS, __doc__)

@@ -281,4 +281,4 @@ def bar(axes, place, width, value, low, high, color, label=None):
 
 
 if __name__ == "__main__":
-    main(common.parse(PRESETS, __doc__))
+    common.launch(main, PRESETS, __doc__)

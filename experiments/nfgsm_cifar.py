@@ -71,4 +71,4 @@ def main(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(common.parse(PRESETS, __doc__))
+    common.launch(main, PRESETS, __doc__)

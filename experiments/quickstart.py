@@ -173,4 +173,4 @@ def table(results: dict[str, Any], budgets: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    main(common.parse(Config(), __doc__))
+    common.launch(main, Config(), __doc__)

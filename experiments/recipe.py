@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 import robustjax as rj
-from experiments import common
+from experiments import common, machine
+from experiments.machine import Machine
 from robustjax import data, models
 from robustjax.methods.base import Method
 from robustjax.training import monitors, optimizers
@@ -84,6 +85,7 @@ class Recipe:
     """How many test images, from the first."""
     suite: Literal["fast", "standard"] | None = None
     """Measure by this suite too; "standard" is AutoAttack."""
+    machine: Machine = Machine()
 
 
 class Prepared(NamedTuple):
@@ -121,6 +123,7 @@ def prepare(recipe: Recipe) -> Prepared:
     model = common.build_model(
         *(recipe.model, "cifar10", splits.num_classes),
         *(recipe.width, recipe.depth, recipe.activation),
+        on=recipe.machine,
     )
     return Prepared(began, splits, model, rj.linf(recipe.epsilon))
 
@@ -147,6 +150,7 @@ def train(
     recipe: Recipe = getattr(config, "recipe", config)
     num_steps, per_epoch = length(recipe, ready.splits.train.x.shape[0])
     rate = schedule(recipe, num_steps * method.repeats, per_epoch * method.repeats)
+    method = machine.method(recipe.machine, method)
     if recipe.monitors:
         method = monitors.with_norms(method)
     if validate is None:
@@ -161,6 +165,7 @@ def train(
         "config": common.training_part(config),
         "ema_decay": recipe.ema_decay,
         "compiler_options": models.convolution_options(),
+        **machine.fit_options(recipe.machine, recipe.batch_size),
     }
     tx = optimizers.sgd(
         rate,
@@ -202,8 +207,9 @@ def watch(recipe: Recipe, ready: Prepared, on_collapse: Collapse | None) -> Vali
     rows = jax.tree.map(lambda leaf: leaf[:count], (splits.train.x, splits.train.y))
     train_set = np.asarray(data.to_float(rows[0], splits.train.scale)), rows[1]
     held_out = splits.validation[0][:count], splits.validation[1][:count]
+    mesh = machine.mesh(recipe.machine, recipe.batch_size)
     parts: list[monitors.Monitor] = [
-        common.validator(model, splits.validation, threat, recipe.num_attacked)
+        common.validator(model, splits.validation, threat, recipe.num_attacked, mesh)
     ]
     robust = "train_robust_accuracy"
     if on_collapse is not None:  # it attacks the same images by PGD-10
@@ -229,18 +235,20 @@ def finish(config: Any, ready: Prepared, trained: FitResult) -> dict[str, Any]:
     """Measure the chosen checkpoint by FGSM, PGD-20 and the recipe's suite; save."""
     recipe: Recipe = config.recipe
     more = {"config": config, **ending(trained.history)}
+    mesh = machine.mesh(recipe.machine, recipe.batch_size)
     if recipe.suite:
         report = rj.evaluate(
             models.logits_fn(ready.model, trained.params, trained.extra),
             *(*ready.splits.test, ready.threat),
             suite=recipe.suite,
             batch_size=250,
+            mesh=mesh,
         )
         print(report)
         more["suite"] = report.summary()
     attacks = {"FGSM": rj.fgsm(), "PGD-20": rj.pgd(20)}
     inputs = (ready.model, trained, ready.splits, ready.threat, attacks, ready.began)
-    return common.measure(recipe.out, *inputs, more=more)
+    return common.measure(recipe.out, *inputs, more=more, mesh=mesh)
 
 
 def ending(history: Sequence[dict[str, Any]]) -> dict[str, Any]:

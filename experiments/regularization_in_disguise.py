@@ -334,4 +334,4 @@ def draw(found, measured, grid, config: Config):
 
 
 if __name__ == "__main__":
-    main(common.parse(Config(), __doc__))
+    common.launch(main, Config(), __doc__)

@@ -1,5 +1,6 @@
 """What `fit` refuses, with what to give instead, before anything is compiled."""
 
+import zlib
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robustjax.data.dataset import Dataset
-from robustjax.data.resident import Resident
+from robustjax.data.resident import Resident, steps_per_epoch
 from robustjax.methods.base import Method
 from robustjax.models.base import Model, require_model
 from robustjax.training.step import Decay
@@ -116,6 +117,43 @@ def check_counts(**counts: int | None) -> None:
             raise TypeError(f"{name} is {number!r}; give an integer.")
         if number < 1:
             raise ValueError(f"{name} is {number}; give 1 or more.")
+
+
+def length(
+    data: Any, batch_size: int, num_steps: int | None, num_epochs: int | None
+) -> tuple[int, int | None]:
+    """How many steps there are, and how many in an epoch of a `Resident` set.
+
+    Raises:
+      ValueError: both or none of `num_steps` and `num_epochs`, or epochs of a function.
+    """
+    if (num_steps is None) == (num_epochs is None):
+        raise ValueError(
+            f"num_steps is {num_steps} and num_epochs {num_epochs}; give one of them."
+        )
+    per_epoch = None
+    if isinstance(data, Resident):
+        per_epoch = steps_per_epoch(data.x.shape[0], batch_size)
+    if num_epochs is not None:
+        if per_epoch is None:
+            raise ValueError(
+                "num_epochs needs a Resident set; with a function give num_steps."
+            )
+        num_steps = num_epochs * per_epoch
+    assert num_steps is not None
+    return num_steps, per_epoch
+
+
+def fingerprint(data: Any, streams: Any = None) -> dict[str, Any]:
+    """What tells one training set from another: shape and checksum."""
+    if streams:
+        more = {n: {**fingerprint(d), "rows": k} for n, (d, k) in streams.items()}
+        return {**fingerprint(data), "streams": more}
+    if not isinstance(data, Resident):
+        return {"from": "a function of the step"}
+    x, y = np.asarray(data.x), np.asarray(data.y)
+    crc = zlib.crc32(np.ascontiguousarray(y), zlib.crc32(np.ascontiguousarray(x)))
+    return {"shape": list(x.shape), "crc32": crc, "scale": float(data.scale)}
 
 
 def averaging_at(decay: Decay | None, num_steps: int) -> Any:

@@ -23,7 +23,13 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from robustjax.logging import write_json
-from robustjax.parallel import fetch, is_writer, put_global, wait_for_all
+from robustjax.parallel import (
+    fetch,
+    is_writer,
+    num_processes,
+    put_global,
+    wait_for_all,
+)
 from robustjax.types import PyTree
 
 FORMAT = "robustjax checkpoint 1"
@@ -66,7 +72,8 @@ def save(folder: Path, step: int, state: PyTree, remembered: Mapping[str, Any]) 
         if kind != "array":
             impl = str(jax.random.key_impl(leaf))
             leaf = jax.random.key_data(leaf)
-        array = fetch(leaf)
+        # What other processes hold too is saved by all of them, each its part.
+        array = leaf if num_processes() > 1 else fetch(leaf)
         leaves[name] = {
             "id": f"{number:05d}",
             "kind": kind,
@@ -165,7 +172,8 @@ def restore(
       step: which.
       like: a pytree of arrays or `jax.ShapeDtypeStruct`s of the structure, shapes and
         dtypes that are expected; typed PRNG keys come back as such.
-      sharding: where to place the arrays; None: the default device.
+      sharding: where to place the arrays, one for all or a tree of them like `like`;
+        None: the default device.
       within: read only the part of the saved tree at this path, as in ".params".
 
     Returns:
@@ -187,16 +195,15 @@ def restore(
     _compare(path, saved, wanted)
     arrays = ocp.load(str((path / "arrays").absolute()), _abstract(meta["leaves"]))
 
-    def leaf(name: str, target: Any):
+    def leaf(name: str):
         entry = saved[name]
         array = arrays.get(entry["id"], np.zeros(entry["shape"], entry["dtype"]))
         if entry["kind"] == "array":
-            return put_global(np.asarray(array), sharding)
-        key = jax.random.wrap_key_data(jnp.asarray(array), impl=entry["impl"])
-        return put_global(key, sharding)
+            return np.asarray(array)
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=entry["impl"])
 
-    structure = jax.tree.structure(like)
-    return jax.tree.unflatten(structure, [leaf(n, t) for n, t in wanted.items()])
+    whole = jax.tree.unflatten(jax.tree.structure(like), [leaf(n) for n in wanted])
+    return put_global(whole, sharding)
 
 
 def _compare(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

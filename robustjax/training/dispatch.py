@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from robustjax.data.resident import Resident, batch_indices, take, to_float
+from robustjax.metrics import Mean
 from robustjax.parallel import (
     constrain_rows,
     fetch,
+    num_processes,
     put_global,
+    put_rows,
     replicated,
-    split_rows,
 )
 from robustjax.training.state import TrainState
 from robustjax.types import Array, Batch, Key, PyTree
@@ -73,6 +75,7 @@ class Dispatcher:
         streams = dict(sorted((streams or {}).items()))
         self.stream_rows = {name: rows for name, (_, rows) in streams.items()}
         self.sharding = None if mesh is None else replicated(mesh)
+        self.placement: PyTree = self.sharding  # of the state; may be a tree, too
         if isinstance(data, Resident):
             sets = {name: other for name, (other, _) in streams.items()}
             self.data = put_global((data, sets), self.sharding)
@@ -90,10 +93,16 @@ class Dispatcher:
         """A batch of zeros of the shapes to come; costs nothing inside a trace."""
         if self.host is not None:
             batch = jax.eval_shape(self._mixed, self.host(0), 0)
+            # The function gives the rows of this process.
+            batch = jax.tree.map(self._of_all, batch)
         else:
             index = np.arange(self.batch_size, dtype=np.int32)
             batch = jax.eval_shape(self._batch, self.data, index, 0)
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), batch)
+
+    def _of_all(self, leaf: Any) -> jax.ShapeDtypeStruct:
+        rows = leaf.shape[0] * num_processes()
+        return jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
 
     def __call__(
         self,
@@ -113,7 +122,7 @@ class Dispatcher:
             # divide a carry that has rows.
             placed: dict[str, Any] = {}
             if self.mesh is not None:
-                placed["out_shardings"] = self.sharding
+                placed["out_shardings"] = (self.placement, self.sharding)
             jitted = jax.jit(
                 self._run,
                 donate_argnums=(0, 1),
@@ -154,13 +163,28 @@ class Dispatcher:
         self.totals = put_global(_cleared(self.totals), self.sharding)
         return means
 
+    def sums(self) -> dict[str, Any]:
+        """What was added up since the last `collect`, as JSON holds it exactly."""
+        assert self.totals is not None
+        metrics = fetch(self.totals.metrics)
+        return {name: [mean.total, mean.count] for name, mean in metrics.items()}
+
+    def go_on_from(self, state: TrainState, sums: Mapping[str, Any]) -> None:
+        """Begin with these `sums`: those of a run that was interrupted."""
+        zeros = self._zeros(state)
+        metrics = {
+            name: Mean(
+                *(jnp.asarray(v, z.dtype) for v, z in zip(sums[name], m, strict=True))
+            )
+            for name, m in zeros.metrics.items()
+        }
+        totals = fetch(zeros)._replace(metrics=metrics)
+        self.totals = put_global(totals, self.sharding)
+
     def _feed(self, start: int) -> Any:
         """What one call reads beside the resident set."""
         if self.host is not None:
-            batch = jax.tree.map(np.asarray, self.host(start))
-            if self.mesh is None:
-                return jax.tree.map(jnp.asarray, batch)
-            return put_global(batch, split_rows(self.mesh))
+            return put_rows(jax.tree.map(np.asarray, self.host(start)), self.mesh)
         first = start // self.window * self.window
         if first != self.rows_start:
             self.rows, self.rows_start = self.make_rows(np.int32(first)), first

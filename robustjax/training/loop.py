@@ -5,24 +5,31 @@ and all other randomness follow from (key, step); one compiled program runs any 
 of steps; checkpoints hold whole stretches.
 """
 
+import contextlib
 import math
 import sys
 import time
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from robustjax.data.resident import Resident, steps_per_epoch
+from robustjax.data.resident import Resident
 from robustjax.logging import LiveLine, plain
 from robustjax.methods.base import Method
 from robustjax.models.base import Model
-from robustjax.parallel import check_rows, fetch, is_writer, put_global, replicated
+from robustjax.parallel import (
+    check_rows,
+    fetch,
+    is_writer,
+    place,
+    put_global,
+    replicated,
+    sigterm_noted,
+)
 from robustjax.training import checkpoint, run_folder
 from robustjax.training.arguments import (
     averaging_at,
@@ -30,15 +37,25 @@ from robustjax.training.arguments import (
     check_kinds,
     check_labels,
     check_streams,
+    fingerprint,
+    length,
 )
 from robustjax.training.dispatch import Dispatcher, HostBatches
 from robustjax.training.progress import Progress
-from robustjax.training.state import TrainState, create_state
+from robustjax.training.state import TrainState, create_state, placement, sharing
 from robustjax.training.step import Decay, make_train_step
 from robustjax.training.weights import load_weights, weights_of
 from robustjax.types import Array, Batch, Key, PyTree
 
 Validate = Callable[[PyTree, PyTree], Mapping[str, Any]]
+
+
+EXIT_CODE = 128 + 15
+"""Of a run that SIGTERM ended, as shells have it."""
+
+
+class Preempted(SystemExit):
+    """SIGTERM came: a checkpoint is saved, the process ends with exit code 143."""
 
 
 class FitResult(NamedTuple):
@@ -83,6 +100,7 @@ def fit(
     log_every: int | None = None,
     log: bool | TextIO = True,
     mesh: Any = None,
+    shard_params: bool = False,
     start: tuple[PyTree, PyTree] | None = None,
     compiler_options: Mapping[str, bool | str] | None = None,
 ) -> FitResult:
@@ -90,6 +108,9 @@ def fit(
 
     The same call on the same `out` goes on where the run stopped, and ends with the
     bits of an unbroken run (on CPU; on GPU under `--xla_gpu_deterministic_ops=true`).
+    With `out`, SIGTERM (a machine is taken away) ends it after the present step, with a
+    checkpoint of that step. With several processes (`parallel.initialize`) all make the
+    same call, with a mesh of all devices and an `out` that all of them see.
 
     Args:
       key: decides the weights, the order of the data and all noise.
@@ -97,7 +118,8 @@ def fit(
       method: how; see `robustjax.methods`.
       tx: the optax optimizer; its schedule counts updates.
       data: a `Resident` set, or `step -> Batch` for sets that do not fit on the device
-        (it must give the same batch for the same step whenever asked).
+        (it must give the same batch for the same step whenever asked; of several
+        processes each gives its own rows, an equal part of the batch).
       batch_size: rows per step; an epoch drops its last, incomplete batch.
       num_steps: how many batches to learn from.
       num_epochs: the same in passes over a `Resident` set; give one of the two.
@@ -121,6 +143,9 @@ def fit(
       log_every: steps between training rows; None: at most 50, and every checkpoint.
       log: the live line: True for standard output, a stream, or False for silence.
       mesh: `parallel.data_mesh(...)`: split every batch over devices.
+      shard_params: the devices of the mesh share weights, averages and the optimizer's
+        state instead of holding each all (`parallel.spread`); weights are gathered once
+        per step, before the attack.
       start: `(params, extra)` to begin from instead of `model.init`.
       compiler_options: for the compiled step, as of `jax.jit`. On CPU
         `models.convolution_options()` saves a fifth or more of a ResNet's step. They
@@ -134,7 +159,8 @@ def fit(
       ValueError: arguments that do not fit together, or a run in `out` that was started
         with others: the message names the field, its value then and now. `num_steps`
         is among them, because the schedule in `tx` was made for it; log_every, log,
-        steps_per_dispatch and mesh may change.
+        steps_per_dispatch, mesh and shard_params may change.
+      Preempted: after SIGTERM; uncaught it ends the process with exit code 143.
       FloatingPointError: a loss or weight is no longer finite; the message names the
         step and the leaf, and the last checkpoint is kept.
       OSError: a checkpoint cannot be written; the earlier ones are kept.
@@ -142,7 +168,7 @@ def fit(
     check_kinds(key, model, method, tx, data)
     check_counts(batch_size=batch_size, num_steps=num_steps, num_epochs=num_epochs)
     resident = isinstance(data, Resident)
-    num_steps, per_epoch = _length(data, batch_size, num_steps, num_epochs)
+    num_steps, per_epoch = length(data, batch_size, num_steps, num_epochs)
     if checkpoint_every is None:
         checkpoint_every = min(per_epoch or num_steps, num_steps)
     check_counts(
@@ -158,8 +184,12 @@ def fit(
     check_streams(streams, resident)
     for rows in (batch_size, *(rows for _, rows in (streams or {}).values())):
         check_rows(rows, mesh)
+    if shard_params and mesh is None:
+        raise ValueError("shard_params needs a mesh: give mesh=parallel.data_mesh().")
     sharding = None if mesh is None else replicated(mesh)
     state_key, data_key = jax.random.split(key)
+    if shard_params:
+        method = sharing(method, mesh)
     run_steps = Dispatcher(
         make_train_step(method, tx, ema_decay),
         data,
@@ -193,19 +223,27 @@ def fit(
             "checkpoint_every": checkpoint_every,
             "best_metric": best_metric,
             "ema_decay": averaging_at(ema_decay, num_steps),
-            "data": _fingerprint(data, streams),
+            "data": fingerprint(data, streams),
             "compiler_options": dict(compiler_options or {}),
             "config": {} if config is None else config,
         }
         remembered, history = run_folder.open_run(out, settings, config)
     best: dict[str, Any] | None = None
     seconds = 0.0
-    if remembered is None or out is None:
-        state = put_global(jax.jit(fresh)(start), sharding)
-    else:
+    if mesh is not None:
+        shapes = jax.eval_shape(fresh, start)
+        run_steps.placement = placement(shapes, mesh, shard_params)
+    if remembered is not None and out is not None:
         folder, last = out / run_folder.CHECKPOINTS, remembered["step"]
-        state = checkpoint.restore(folder, last, jax.eval_shape(fresh, start), sharding)
+        shapes = jax.eval_shape(fresh, start)
+        state = checkpoint.restore(folder, last, shapes, run_steps.placement)
         best, seconds = remembered["best"], remembered["seconds"]
+        if remembered.get("sums"):
+            run_steps.go_on_from(state, remembered["sums"])
+    elif shard_params:  # never whole on one device
+        state = jax.jit(fresh, out_shardings=run_steps.placement)(start)
+    else:
+        state = put_global(jax.jit(fresh)(start), sharding)
     best_weights: tuple[PyTree, PyTree] | None = None
 
     line = LiveLine(_stream(log))
@@ -216,58 +254,77 @@ def fit(
     log_every = log_every or min(50, checkpoint_every)
     next_log = _next(step, log_every)
 
+    def whole(weights: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        return place(weights, sharding) if shard_params else weights
+
     def write(row: dict[str, Any]) -> None:
         row = plain(row)
         history.append(row)
         if out is not None and is_writer():
             run_folder.append(out, row)
 
-    while step < num_steps:
-        save_at = min(_next(step, checkpoint_every), num_steps)
-        stop = min(save_at, _next(step, steps_per_dispatch))
-        state = run_steps(state, step, stop, on_compile=progress.note)
-        step = stop
-        if step >= next_log or step == save_at:
-            progress.row(step, run_steps.collect(state), write)
-            next_log = _next(step, log_every)
-        else:
-            progress.show(step, run_steps.peek)
-        if step < save_at:
-            continue
-        if validate is not None:
-            began = time.monotonic()
-            weights = weights_of(state)
-            metrics = {n: float(v) for n, v in validate(*weights).items()}
-            if best_metric not in metrics:
-                raise ValueError(
-                    f"validate returned {', '.join(metrics) or 'nothing'}, without the "
-                    f"best_metric {best_metric!r}; return it, or name another."
+    noted = contextlib.nullcontext(lambda: False) if out is None else sigterm_noted()
+    with noted as preempted:
+        while step < num_steps:
+            save_at = min(_next(step, checkpoint_every), num_steps)
+            stop = min(save_at, _next(step, steps_per_dispatch))
+            state = run_steps(state, step, stop, on_compile=progress.note)
+            step = stop
+            if step >= next_log or step == save_at:
+                progress.row(step, run_steps.collect(state), write)
+                next_log = _next(step, log_every)
+            else:
+                progress.show(step, run_steps.peek)
+            stopping = preempted()
+            if step < save_at and not stopping:
+                continue
+            if validate is not None and step == save_at:
+                began = time.monotonic()
+                weights = whole(weights_of(state))
+                metrics = {n: float(v) for n, v in validate(*weights).items()}
+                if best_metric not in metrics:
+                    raise ValueError(
+                        f"validate returned {', '.join(metrics) or 'nothing'}, without "
+                        f"the best_metric {best_metric!r}; return it, or name another."
+                    )
+                write({"kind": "validate", "step": step, **metrics})
+                is_best = best is None or _better(
+                    metrics[best_metric], best[best_metric]
                 )
-            write({"kind": "validate", "step": step, **metrics})
-            is_best = best is None or _better(metrics[best_metric], best[best_metric])
-            if is_best:
-                best = plain({"step": step, **metrics})
-                best_weights = jax.tree.map(jnp.array, weights) if out is None else None
-            progress.validated(step, metrics, is_best, time.monotonic() - began)
-            if metrics.get("stop"):
-                progress.note(f"validate asks to stop after step {step}")
-                break
-        if out is not None:
-            earlier, remembered = (
-                remembered,
-                {
-                    "step": step,
-                    "settings": plain(settings),
-                    "best": best,
-                    "seconds": progress.seconds,
-                },
-            )
-            run_folder.checkpoint_now(out, step, state, remembered, earlier)
-            progress.go_on()
+                if is_best:
+                    best = plain({"step": step, **metrics})
+                    best_weights = (
+                        jax.tree.map(jnp.array, weights) if out is None else None
+                    )
+                progress.validated(step, metrics, is_best, time.monotonic() - began)
+                if metrics.get("stop"):
+                    progress.note(f"validate asks to stop after step {step}")
+                    break
+            if out is not None:
+                earlier, remembered = (
+                    remembered,
+                    {
+                        "step": step,
+                        "settings": plain(settings),
+                        "best": best,
+                        "seconds": progress.seconds,
+                        # In the middle of a training row: what it has added up so far.
+                        "sums": None if step == save_at else run_steps.sums(),
+                    },
+                )
+                run_folder.checkpoint_now(out, step, state, remembered, earlier)
+                progress.go_on()
+            if stopping:
+                progress.note(
+                    f"SIGTERM: stopped after step {step} of {num_steps}; its "
+                    f"checkpoint is in {out}. The same command goes on from it. Exit "
+                    f"code {EXIT_CODE}."
+                )
+                raise Preempted(EXIT_CODE)
 
     progress.finished()
     if best is None or best["step"] == step:
-        params, extra = weights_of(state)
+        params, extra = whole(weights_of(state))
     elif best_weights is not None:
         params, extra = best_weights
     else:
@@ -275,37 +332,6 @@ def fit(
         params, extra = load_weights(out, weights_of(state), best["step"], sharding)
     rows = [row for row in history if row["kind"] == "train"]
     return FitResult(state, params, extra, best or (rows[-1] if rows else {}), history)
-
-
-def _length(
-    data: Any, batch_size: int, num_steps: int | None, num_epochs: int | None
-) -> tuple[int, int | None]:
-    if (num_steps is None) == (num_epochs is None):
-        raise ValueError(
-            f"num_steps is {num_steps} and num_epochs {num_epochs}; give one of them."
-        )
-    per_epoch = None
-    if isinstance(data, Resident):
-        per_epoch = steps_per_epoch(data.x.shape[0], batch_size)
-    if num_epochs is not None:
-        if per_epoch is None:
-            raise ValueError(
-                "num_epochs needs a Resident set; with a function give num_steps."
-            )
-        num_steps = num_epochs * per_epoch
-    assert num_steps is not None
-    return num_steps, per_epoch
-
-
-def _fingerprint(data: Any, streams: Any = None) -> dict[str, Any]:
-    if streams:
-        more = {n: {**_fingerprint(d), "rows": k} for n, (d, k) in streams.items()}
-        return {**_fingerprint(data), "streams": more}
-    if not isinstance(data, Resident):
-        return {"from": "a function of the step"}
-    x, y = np.asarray(data.x), np.asarray(data.y)
-    crc = zlib.crc32(np.ascontiguousarray(y), zlib.crc32(np.ascontiguousarray(x)))
-    return {"shape": list(x.shape), "crc32": crc, "scale": float(data.scale)}
 
 
 def _next(step: int, every: int) -> int:

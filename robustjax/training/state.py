@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import optax
 
 from robustjax.methods.base import Method
 from robustjax.models.base import Model
+from robustjax.parallel import constrain, replicated, spread
 from robustjax.types import Array, Batch, Key, PyTree
 
 
@@ -85,3 +86,46 @@ def create_state(
         ema=averages,
         key=step_key,
     )
+
+
+def placement(state: TrainState, mesh: Any, shard_params: bool = False) -> TrainState:
+    """Where each leaf of a state lies: on every device, or shared out (`spread`).
+
+    Shared out are weights, their averages and what the optimizer keeps for them;
+    statistics and what the method carries are on every device.
+
+    Args:
+      state: arrays or their shapes.
+      mesh: the devices.
+      shard_params: whether to share out.
+
+    Returns:
+      A `TrainState` of shardings.
+    """
+    placed = jax.tree.map(lambda _: replicated(mesh), state)
+    if not shard_params:
+        return placed
+    ema = placed.ema
+    if state.ema is not None:
+        ema = ema._replace(params=spread(state.ema.params, mesh))
+    return dataclasses.replace(
+        placed,
+        params=spread(state.params, mesh),
+        opt_state=spread(state.opt_state, mesh),
+        ema=ema,
+    )
+
+
+def sharing(method: Method, mesh: Any) -> Method:
+    """The method for weights that the devices share: gathered once, before it begins.
+
+    The attack sees whole weights and needs no other device; the gradient is handed back
+    divided, so that each device updates its own part.
+    """
+
+    def grads(params, extra, carry, batch, step, key):
+        whole = constrain(params, replicated(mesh))
+        found, aux = method.grads(whole, extra, carry, batch, step, key)
+        return constrain(found, spread(found, mesh)), aux
+
+    return method._replace(grads=grads, stages=None)
