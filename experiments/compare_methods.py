@@ -26,7 +26,8 @@ import numpy as np
 
 import robustjax as rj
 from experiments import common, ideas
-from experiments.contestants import CONTESTANTS, MULTINORM, SINGLE, Setting, chosen
+from experiments.comparison import NORMS, claims_of, draw, summarize, table
+from experiments.contestants import CONTESTANTS, Setting, chosen
 from experiments.evaluate import BUDGETS
 from robustjax import data, models, plots
 from robustjax.logging import duration
@@ -34,8 +35,6 @@ from robustjax.training import monitors, optimizers
 from robustjax.training.curves import draw_run
 from robustjax.training.loop import fit
 from robustjax.training.weights import weights_of
-
-NORMS = ("Linf", "L2", "L1")
 
 
 class Recipe(NamedTuple):
@@ -99,10 +98,17 @@ def main(config: Config) -> dict[str, Any]:
     names = chosen(config.methods)
     for name in names:
         updates(name, task)  # a budget that is too small is refused before it is spent
+    threats = ", ".join(f"{n} {float(t.epsilon):.4g}" for n, t in task.threats.items())
+    told = [
+        f"{task.recipe.model}, {task.budget:,.0f} gradients for each net; {threats}.",
+        f"{task.splits.used}.",
+    ]
+    count = len(task.splits.test[1])
     todo = [(name, seed) for seed in config.seeds for name in names]
-    rows, failed, fitted, summary, spent = {}, {}, {}, {}, 0.0
+    new = {pair for pair in todo if not judged(task, *pair, config.num_test).exists()}
+    rows, failed, fitted, summary, spent, done = {}, {}, {}, {}, 0.0, 0
     for number, (name, seed) in enumerate(todo):
-        left = duration(spent / number * (len(todo) - number)) if number else "?"
+        left = duration(spent / done * (len(new) - done)) if done else "?"
         print(f"net {number + 1} of {len(todo)}: {name}, seed {seed}; ETA {left}")
         started = time.monotonic()
         try:
@@ -114,13 +120,14 @@ def main(config: Config) -> dict[str, Any]:
         wanted = NORMS if CONTESTANTS[name].union else NORMS[:1]
         found = judge(task, name, seed, f, wanted, config.num_test)
         rows.setdefault(name, []).append(run | found)
-        spent += time.monotonic() - started
+        if (name, seed) in new:
+            spent, done = spent + time.monotonic() - started, done + 1
         summary = {n: summarize(n, rows) for n in names if n in rows}
         # If this is killed there is a table of what was finished.
-        (task.out / "table.md").write_text(table(summary, failed, task))
+        (task.out / "table.md").write_text(table(summary, failed, told, count))
     if not summary:
         raise FloatingPointError(f"no training came to its end: {failed}")
-    text = table(summary, failed, task)
+    text = table(summary, failed, told, count)
     (task.out / "table.md").write_text(text)
     print(text)
     plots.save(draw(summary), task.out / "compare_methods.png")
@@ -202,10 +209,9 @@ def train(
             assert helper is not None
             own //= 2
             streams = {"generated": (labeled(helper, rest), recipe.batch_size - own)}
-    repeats = one.multiple if one.build(setting).repeats > 1 else 1
-    steps = num_updates // repeats
-    every = -(-steps // 8)
     method = monitors.with_norms(one.build(setting))
+    repeats = method.repeats
+    steps = num_updates // repeats
     rate = common.learning_rate("one_cycle", recipe.peak, num_updates)
     augment = None
     if recipe.augmented:
@@ -218,14 +224,14 @@ def train(
         streams=streams,
         augment=augment,
         validate=watch(task.watched),
-        checkpoint_every=every,
-        out=task.out / "nets" / f"{name}_{seed}",
+        checkpoint_every=-(-steps // 8),
+        out=folder_of(task, name, seed),
         config={**task.decides, "method": name},
         ema_decay=one.ema_decay(setting) if one.ema_decay else None,
         compiler_options=models.convolution_options(),
     )
     curves = draw_run(found.history, lambda step: rate(step * repeats))
-    plots.save(curves, task.out / "nets" / f"{name}_{seed}" / "curves.png")
+    plots.save(curves, folder_of(task, name, seed) / "curves.png")
     f = models.logits_fn(task.model, *weights_of(found.state))
     learned = [row for row in found.history if row["kind"] == "train"]
     watched = [row for row in found.history if row["kind"] == "validate"]
@@ -270,6 +276,16 @@ def watch(watched: monitors.Monitor) -> Callable[[Any, Any], dict[str, float]]:
     return validate
 
 
+def folder_of(task: Task, name: str, seed: int) -> Path:
+    """Where a net is."""
+    return task.out / "nets" / f"{name}_{seed}"
+
+
+def judged(task: Task, name: str, seed: int, count: int) -> Path:
+    """Where it is written who of the test images resists."""
+    return folder_of(task, name, seed) / f"judged_{count}.npz"
+
+
 def judge(
     task: Task, name: str, seed: int, f: rj.LogitsFn, norms: Sequence[str], count: int
 ) -> dict[str, Any]:
@@ -277,8 +293,7 @@ def judge(
 
     What was found is kept beside the net and not computed again.
     """
-    folder = task.out / "nets" / f"{name}_{seed}"
-    path = folder / f"judged_{count}.npz"
+    path = judged(task, name, seed, count)
     known: dict[str, Any] = dict(np.load(path)) if path.exists() else {}
     threats = {n: task.threats[n] for n in norms if n not in known}
     if threats:
@@ -286,7 +301,7 @@ def judge(
             *(f, *task.splits.test, threats),
             suite="fast",
             batch_size=250,
-            resume=folder / f"ledger_{count}_{'_'.join(threats)}",
+            resume=path.parent / f"ledger_{count}_{'_'.join(threats)}",
         )
         flags = [flag.name for flag in report.flags] + list(known.get("flags", ()))
         known |= {n: found.robust for n, found in report.threats.items()}
@@ -296,145 +311,6 @@ def judge(
     if len(norms) > 1:
         right["union"] = np.logical_and.reduce([known[n] for n in norms])
     return {"right": right, "flags": known["flags"].tolist()}
-
-
-def summarize(name: str, rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Means over seeds; and how far from the yardstick, with a 95 % interval.
-
-    The interval is over test images, of the mean over seeds for each image.
-    """
-    one, runs = CONTESTANTS[name], rows[name]
-    aim, yardstick = ("union", "madry_linf") if one.union else ("Linf", "madry")
-    right = {n: np.array([r["right"][n] for r in runs]) for n in runs[0]["right"]}
-    found: dict[str, Any] = {
-        "accuracy": {n: float(v.mean()) for n, v in right.items()},
-        "per_seed": {n: v.mean(1) for n, v in right.items()},
-        "robust": float(right[aim].mean()),
-        "gradients_per_update": one.gradients,
-        "expected": one.expect,
-        "flags": sorted({flag for r in runs for flag in r["flags"]}),
-    }
-    for number in ("updates", "gradients", "group", "epochs", "collapsed"):
-        found[number] = max(r[number] for r in runs)
-    for number in ("seconds", "cpu_seconds"):
-        found[number] = float(np.mean([r[number] for r in runs]))
-    if yardstick in rows and name != yardstick:
-        other = np.array([r["right"][aim] for r in rows[yardstick]])
-        each = right[aim].mean(0) - other.mean(0)
-        half = 1.96 * each.std(ddof=1) / len(each) ** 0.5
-        found["minus_yardstick"] = float(each.mean())
-        found["half_interval"] = float(half)
-    return found
-
-
-def claims_of(summary: Mapping[str, Any], budget: float) -> dict[str, ideas.Claim]:
-    """Equal budgets; where the group is complete, that the union can be learned."""
-    rest = max((budget - one["gradients"]) / one["group"] for one in summary.values())
-    claims = {
-        "equal_budget": ideas.Claim(
-            "what is left of a budget, in updates, 0 to below 1 (of Free and CAT: "
-            "groups of 8)",
-            *(rest, 0.0, np.nextafter(1.0, 0.0)),
-        )
-    }
-    if set(MULTINORM) <= set(summary):
-        several = [n for n in MULTINORM if n not in SINGLE]
-        best, single = (
-            max(summary[n]["robust"] for n in group) for group in (several, SINGLE)
-        )
-        claims["union"] = ideas.Claim(
-            "union accuracy, best multi-norm minus best single-norm method, above 0",
-            *(best - single, 1e-9),
-        )
-    return claims
-
-
-def table(summary: Mapping[str, Any], failed: Mapping[str, str], task: Task) -> str:
-    """Markdown: a table of the methods against Linf, and one of the multi-norm ones."""
-    threats = ", ".join(f"{n} {float(t.epsilon):.4g}" for n, t in task.threats.items())
-    count = len(task.splits.test[1])
-    text = [
-        f"{task.recipe.model}, {task.budget:,.0f} gradients for each net; {threats}.",
-        f'{task.splits.used}. Robust: `evaluate(suite="fast")`. One standard error of '
-        f"one net's accuracy at 0.5 is {0.5 / count**0.5:.3f}; the column +- is the "
-        "95 % interval of the difference to the yardstick, over images. !: an attack "
-        "or check found signs of masked gradients; *: FGSM and PGD parted on training "
-        "images (catastrophic overfitting). CPU seconds: of training, with compiling.",
-    ]
-    text += [f"No end: {run}: {error}" for run, error in failed.items()]
-    for union in (False, True):
-        names = [n for n in summary if CONTESTANTS[n].union == union]
-        if not names:
-            continue
-        robust = [*NORMS, "union"] if union else ["Linf"]
-        yardstick = "madry_linf" if union else "madry"
-        head = ["method", "gradients / update", "updates", "epochs", "clean", *robust]
-        head += [f"{robust[-1]} - {yardstick}", "CPU s", "expected"]
-        text += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        for name in names:
-            one = summary[name]
-            mark = "!" * bool(one["flags"]) + "*" * bool(one["collapsed"])
-            cells = [name + mark, f"{one['gradients_per_update']:g}"]
-            cells += [f"{one['updates']:,}", f"{one['epochs']:.1f}"]
-            cells += [spread(one["per_seed"][n]) for n in ("clean", *robust)]
-            minus = "-"
-            if "half_interval" in one:
-                minus = f"{one['minus_yardstick']:+.3f} +- {one['half_interval']:.3f}"
-            cells += [minus, f"{one['cpu_seconds']:.0f}", one["expected"]]
-            text.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*text, ""])
-
-
-def spread(values: np.ndarray) -> str:
-    """The mean, and of several seeds the smallest and the largest."""
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
-
-
-def draw(summary: Mapping[str, Any]):
-    """Clean against robust accuracy: a panel for each group, a number for each row."""
-    groups = [[n for n in summary if CONTESTANTS[n].union == u] for u in (False, True)]
-    groups = [names for names in groups if names]
-    figure = plots.new_figure(6.5 * len(groups), 4.6)
-    panels = np.ravel(figure.subplots(1, len(groups), squeeze=False))
-    for axes, names in zip(panels, groups, strict=True):
-        union = CONTESTANTS[names[0]].union
-        for number, name in enumerate(names):
-            one = summary[name]
-            look = plots.style(number)
-            for clean, robust in zip(
-                one["per_seed"]["clean"],
-                one["per_seed"]["union" if union else "Linf"],
-                strict=True,
-            ):
-                axes.plot(
-                    *(clean, robust),
-                    color=look["color"],
-                    marker=look["marker"],
-                    markersize=7,
-                    linestyle="",
-                    label=f"{number + 1} {name}",
-                )
-                axes.annotate(
-                    *(str(number + 1), (clean, robust)),
-                    textcoords="offset points",
-                    xytext=(5, 4),
-                    fontsize=8,
-                )
-        label = "union of Linf, L2, L1" if union else "Linf"
-        axes.set(xlabel="clean accuracy", ylabel=f"robust accuracy, {label}")
-        plots.tidy(axes)
-        handles, labels = axes.get_legend_handles_labels()
-        first = dict(zip(labels, handles, strict=True))
-        axes.legend(
-            *(first.values(), first.keys()),
-            frameon=False,
-            fontsize=8,
-            loc="center left",
-            bbox_to_anchor=(1, 0.5),
-        )
-    return figure
 
 
 if __name__ == "__main__":

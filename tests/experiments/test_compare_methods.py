@@ -1,13 +1,17 @@
 """experiments.compare_methods: budgets, the table's arithmetic, a tiny run."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import robustjax as rj
 from experiments import compare_methods as experiment
-from experiments.contestants import CONTESTANTS, MULTINORM, chosen
+from experiments import comparison
+from experiments.contestants import CONTESTANTS, MULTINORM, Setting, chosen
+from robustjax.models import Model
 from robustjax.training import monitors
+from robustjax.types import Batch
 from tests.experiments import schema
 
 TINY = {"num_train": 32, "num_test": 8, "num_monitored": 4, "batch_size": 16}
@@ -53,30 +57,6 @@ def test_every_method_spends_the_budget_up_to_one_update(tmp_path):
         experiment.updates("madry", poor)
 
 
-def test_an_attack_costs_what_the_table_says():
-    """Gradients counted by a model that counts its own backward passes."""
-    threat = rj.linf(0.1)
-    x, y = np.full((2, 3), 0.5, np.float32), np.array([0, 1])
-    counts = []
-
-    @jax.custom_vjp
-    def f(x):
-        return x @ np.eye(3, dtype=np.float32)
-
-    def backward(residual, g):
-        jax.debug.callback(lambda: counts.append(1))
-        return (g,)
-
-    f.defvjp(lambda x: (f(x), None), backward)
-    problem = rj.untargeted(f, x, y, threat)
-    for steps in (2, 7):
-        counts.clear()
-        attack = rj.pgd(steps, keep=rj.last)
-        jax.jit(lambda k, a=attack: a(k, problem).x_adv)(jax.random.key(0))
-        jax.effects_barrier()
-        assert len(counts) == steps
-
-
 def test_names_are_checked_and_groups_expand():
     assert chosen(()) == list(CONTESTANTS)
     assert chosen(("multinorm", "madry")) == ["madry", *MULTINORM]
@@ -100,16 +80,16 @@ def test_a_summary_is_that_of_the_seeds():
         "madry": [run([1, 1, 1, 0], [1, 0, 0, 0]), run([1, 1, 1, 1], [1, 1, 0, 0])],
         "trades": [run([1, 1, 0, 0], [1, 1, 0, 0]), run([1, 1, 1, 0], [1, 1, 1, 0])],
     }
-    found = experiment.summarize("trades", rows)
+    found = comparison.summarize("trades", rows)
     assert found["accuracy"] == {"clean": 0.625, "Linf": 0.625}
     assert found["per_seed"]["Linf"].tolist() == [0.5, 0.75]
     each = np.array([0, 0.5, 0.5, 0])  # the images' mean differences over the seeds
     assert found["minus_yardstick"] == each.mean()
     assert found["half_interval"] == pytest.approx(1.96 * each.std(ddof=1) / 2)
-    assert "minus_yardstick" not in experiment.summarize("madry", rows)
-    claims = experiment.claims_of({"trades": found | {"gradients": 9, "group": 4}}, 12)
+    assert "minus_yardstick" not in comparison.summarize("madry", rows)
+    claims = comparison.claims_of({"trades": found | {"gradients": 9, "group": 4}}, 12)
     assert claims["equal_budget"].value == 0.75 and claims["equal_budget"].holds
-    claims = experiment.claims_of({"trades": found | {"gradients": 8, "group": 4}}, 12)
+    claims = comparison.claims_of({"trades": found | {"gradients": 8, "group": 4}}, 12)
     assert not claims["equal_budget"].holds
 
 
@@ -159,6 +139,57 @@ def test_a_tiny_run_writes_everything_and_computes_nothing_twice(tmp_path, monke
     experiment.main(config)
     again = schema.check(tmp_path)["measurements"]["methods"]
     assert again == first
+
+
+COUNTS = []
+
+
+@jax.custom_vjp
+def counted(logits):
+    """The identity; its backward pass notes how many rows went through it."""
+    return logits
+
+
+def count_rows(_, slope):
+    jax.debug.callback(lambda slope: COUNTS.append(len(slope)), slope)
+    return (slope,)
+
+
+counted.defvjp(lambda logits: (logits, None), count_rows)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("name", CONTESTANTS)
+def test_an_update_costs_what_the_table_says(name):
+    """Backward passes, counted as they run, in a linear model."""
+
+    def apply(params, extra, x, *, train=False, key=None):
+        return counted(x.reshape(len(x), -1) @ params), extra
+
+    model = Model(lambda key, x: (jnp.ones((16, 3)), {}), apply)
+    threats = {"Linf": rj.linf(0.1), "L2": rj.l2(0.3), "L1": rj.l1(1.0)}
+    one = CONTESTANTS[name]
+    setting = Setting(model, threats, 8, 2.0, lambda x: x.reshape(len(x), -1)[:, :3])
+    method = one.build(setting)
+    rng = np.random.default_rng(0)
+
+    def batch(rows, streams=None):
+        x = jnp.asarray(rng.uniform(size=(rows, 4, 4, 1)), jnp.float32)
+        return Batch(x, jnp.arange(rows) % 3, jnp.arange(rows), None, streams)
+
+    rows = batch(2, {"generated": batch(2)}) if one.stream else batch(4)
+    params = jnp.asarray(rng.normal(size=(16, 3)), jnp.float32)
+    carry = method.init(params, rows)
+    grads = jax.jit(method.grads)
+    steps = range(one.multiple if method.repeats == 1 else 1)
+    COUNTS.clear()
+    for step in steps:
+        grads(params, {}, carry, rows, jnp.int32(step), jax.random.key(step))
+    jax.effects_barrier()
+    # JAX differentiates a gradient's own code, so its derivative is not counted here.
+    twice = 1 if name in ("gradalign", "gradient_penalty") else 0
+    assert sum(COUNTS) / 4 / len(steps) == one.gradients - twice
 
 
 @pytest.mark.slow

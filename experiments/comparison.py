@@ -1,0 +1,162 @@
+"""The table, the picture and the claims of `compare_methods`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import ideas
+from experiments.contestants import CONTESTANTS, MULTINORM, SINGLE
+from robustjax import plots
+
+NORMS = ("Linf", "L2", "L1")
+
+
+def summarize(name: str, rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Means over seeds; and how far from the yardstick, with a 95 % interval.
+
+    The interval is over test images, of the mean over seeds for each image.
+    """
+    one, runs = CONTESTANTS[name], rows[name]
+    aim, yardstick = ("union", "madry_linf") if one.union else ("Linf", "madry")
+    right = {n: np.array([r["right"][n] for r in runs]) for n in runs[0]["right"]}
+    found: dict[str, Any] = {
+        "accuracy": {n: float(v.mean()) for n, v in right.items()},
+        "per_seed": {n: v.mean(1) for n, v in right.items()},
+        "robust": float(right[aim].mean()),
+        "gradients_per_update": one.gradients,
+        "expected": one.expect,
+        "flags": sorted({flag for r in runs for flag in r["flags"]}),
+    }
+    for number in ("updates", "gradients", "group", "epochs", "collapsed"):
+        found[number] = max(r[number] for r in runs)
+    for number in ("seconds", "cpu_seconds"):
+        found[number] = float(np.mean([r[number] for r in runs]))
+    if yardstick in rows and name != yardstick:
+        other = np.array([r["right"][aim] for r in rows[yardstick]])
+        each = right[aim].mean(0) - other.mean(0)
+        half = 1.96 * each.std(ddof=1) / len(each) ** 0.5
+        found["minus_yardstick"] = float(each.mean())
+        found["half_interval"] = float(half)
+    return found
+
+
+def claims_of(summary: Mapping[str, Any], budget: float) -> dict[str, ideas.Claim]:
+    """Equal budgets; where the group is complete, that the union can be learned."""
+    rest = max((budget - one["gradients"]) / one["group"] for one in summary.values())
+    claims = {
+        "equal_budget": ideas.Claim(
+            "what is left of a budget, in updates, 0 to below 1 (of Free and CAT: "
+            "groups of 8)",
+            *(rest, 0.0, np.nextafter(1.0, 0.0)),
+        )
+    }
+    if set(MULTINORM) <= set(summary):
+        several = [n for n in MULTINORM if n not in SINGLE]
+        best, single = (
+            max(summary[n]["robust"] for n in group) for group in (several, SINGLE)
+        )
+        claims["union"] = ideas.Claim(
+            "union accuracy, best multi-norm minus best single-norm method, above 0",
+            *(best - single, 1e-9),
+        )
+    return claims
+
+
+def table(
+    summary: Mapping[str, Any],
+    failed: Mapping[str, str],
+    told: Sequence[str],
+    count: int,
+) -> str:
+    """Markdown: a table of the methods against Linf, and one of the multi-norm ones.
+
+    Args:
+      summary, failed: name -> `summarize`, and what came to no end.
+      told: lines to begin with: net, budget, threats, data.
+      count: how many test images.
+    """
+    text = [
+        *told,
+        'Robust: `evaluate(suite="fast")`. One standard error of '
+        f"one net's accuracy at 0.5 is {0.5 / count**0.5:.3f}; the column +- is the "
+        "95 % interval of the difference to the yardstick, over images. !: an attack "
+        "or check found signs of masked gradients; *: FGSM and PGD parted on training "
+        "images (catastrophic overfitting). Seconds are those of training: CPU with "
+        "compiling, wall without.",
+    ]
+    text += [f"No end: {run}: {error}" for run, error in failed.items()]
+    for union in (False, True):
+        names = [n for n in summary if CONTESTANTS[n].union == union]
+        if not names:
+            continue
+        robust = [*NORMS, "union"] if union else ["Linf"]
+        yardstick = "madry_linf" if union else "madry"
+        head = ["method", "gradients / update", "updates", "epochs", "clean", *robust]
+        head += [f"{robust[-1]} - {yardstick}", "CPU s", "wall s", "expected"]
+        text += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for name in names:
+            one = summary[name]
+            mark = "!" * bool(one["flags"]) + "*" * bool(one["collapsed"])
+            cells = [name + mark, f"{one['gradients_per_update']:g}"]
+            cells += [f"{one['updates']:,}", f"{one['epochs']:.1f}"]
+            cells += [spread(one["per_seed"][n]) for n in ("clean", *robust)]
+            minus = "-"
+            if "half_interval" in one:
+                minus = f"{one['minus_yardstick']:+.3f} +- {one['half_interval']:.3f}"
+            cells += [minus, f"{one['cpu_seconds']:.0f}", f"{one['seconds']:.0f}"]
+            cells += [one["expected"]]
+            text.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*text, ""])
+
+
+def spread(values: np.ndarray) -> str:
+    """The mean, and of several seeds the smallest and the largest."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
+
+
+def draw(summary: Mapping[str, Any]):
+    """Clean against robust accuracy: a panel for each group, a number for each row."""
+    groups = [[n for n in summary if CONTESTANTS[n].union == u] for u in (False, True)]
+    groups = [names for names in groups if names]
+    figure = plots.new_figure(6.5 * len(groups), 4.6)
+    panels = np.ravel(figure.subplots(1, len(groups), squeeze=False))
+    for axes, names in zip(panels, groups, strict=True):
+        union = CONTESTANTS[names[0]].union
+        for number, name in enumerate(names):
+            one = summary[name]
+            look = plots.style(number)
+            for clean, robust in zip(
+                one["per_seed"]["clean"],
+                one["per_seed"]["union" if union else "Linf"],
+                strict=True,
+            ):
+                axes.plot(
+                    *(clean, robust),
+                    color=look["color"],
+                    marker=look["marker"],
+                    markersize=7,
+                    linestyle="",
+                    label=f"{number + 1} {name}",
+                )
+                axes.annotate(
+                    *(str(number + 1), (clean, robust)),
+                    textcoords="offset points",
+                    xytext=(5, 4),
+                    fontsize=8,
+                )
+        label = "union of Linf, L2, L1" if union else "Linf"
+        axes.set(xlabel="clean accuracy", ylabel=f"robust accuracy, {label}")
+        plots.tidy(axes)
+        handles, labels = axes.get_legend_handles_labels()
+        first = dict(zip(labels, handles, strict=True))
+        axes.legend(
+            *(first.values(), first.keys()),
+            frameon=False,
+            fontsize=8,
+            loc="center left",
+            bbox_to_anchor=(1, 0.5),
+        )
+    return figure
