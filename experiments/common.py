@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import robustjax as rj
-from experiments import machine
+from experiments import compilation_cache, machine
 from experiments.machine import Machine
 from robustjax import data, models, plots
 from robustjax.logging import duration, provenance, write_json
@@ -44,9 +44,11 @@ def parse(
     """Read typed flags, which begin at `default` or at that of `--preset NAME`.
 
     `document` is the experiment's docstring; `--help` shows its title and commands.
+    Without `argv` this is a command of its own, whose compiled programs are kept.
     """
     import tyro  # slow to import
 
+    is_command = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(default, Mapping):
         chosen = next(iter(default.values()))
@@ -58,7 +60,7 @@ def parse(
         chosen = default
     title, commands = (document or "").split("\n\n")[:2]
     lines = [line.strip() for line in commands.splitlines()]
-    return tyro.cli(
+    config = tyro.cli(
         type(chosen),
         default=chosen,
         args=argv,
@@ -66,6 +68,9 @@ def parse(
         prog=next(" ".join(n.split()[:3]) for n in lines if n.startswith("python -m")),
         description="\n\n".join([title, *lines]),
     )
+    if is_command and machine.of(config).cache:
+        compilation_cache.turn_on()
+    return config
 
 
 def launch(

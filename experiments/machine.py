@@ -9,7 +9,6 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -19,8 +18,6 @@ from robustjax import models, parallel
 from robustjax.methods.base import Method
 from robustjax.methods.microbatch import microbatches
 from robustjax.models.base import Model
-
-CACHE = "~/.cache/robustjax"
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Machine:
     process_id: int | None = None
     """Which one this is, from 0; with --coordinator."""
     cache: bool = True
-    """Keep compiled programs ($JAX_COMPILATION_CACHE_DIR, or ~/.cache/robustjax)."""
+    """Keep compiled programs (experiments/compilation_cache.py says where)."""
 
 
 HERE = Machine()
@@ -66,9 +63,6 @@ def started(machine: Machine) -> Iterator[None]:
 
     Call it before anything of JAX.
     """
-    if machine.cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        folder = Path(CACHE).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
     parallel.initialize(machine.coordinator, machine.num_processes, machine.process_id)
     with contextlib.ExitStack() as stack:
         if not parallel.is_writer():

@@ -33,6 +33,7 @@ from robustjax.methods.logit_pairing import (
 )
 from robustjax.methods.madry import madry
 from robustjax.methods.mart import mart
+from robustjax.methods.microbatch import microbatches
 from robustjax.methods.msd import msd
 from robustjax.methods.multinorm import average, maximum
 from robustjax.methods.nfgsm import nfgsm
@@ -167,6 +168,7 @@ METHODS = {
     ),
     "lipschitz_margin": lambda: lipschitz_margin(MODEL, 0.5),
     "curriculum": lambda: curriculum(stepwise),
+    "microbatch": lambda: microbatches(madry(MODEL, THREAT, SHORT), 2),
     "generated": lambda: with_stream(madry(MODEL, THREAT, SHORT)),
 }
 NO_METHODS = ("__init__", "base", "minimax")

@@ -116,19 +116,3 @@ def test_only_the_first_process_prints(monkeypatch, capsys):
     with machine.started(Machine(cache=False)):
         print("something")
     assert capsys.readouterr().out == "something\n"
-
-
-@pytest.mark.parametrize("named", [None, "elsewhere"])
-def test_programs_are_kept_where_one_is_told(named, monkeypatch):
-    changes = []
-    monkeypatch.setattr(machine.parallel, "initialize", lambda *a: None)
-    monkeypatch.setattr(jax.config, "update", lambda *a: changes.append(a))
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    if named:
-        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", named)
-    for cache in (True, False):
-        with machine.started(Machine(cache=cache)):
-            pass
-    kept = [] if named else ["jax_compilation_cache_dir"]
-    assert [name for name, _ in changes] == kept
-    assert all(folder.endswith("robustjax") for _, folder in changes)
