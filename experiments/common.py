@@ -9,12 +9,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import robustjax as rj
 from experiments import compilation_cache, machine
 from experiments.machine import Machine
 from robustjax import data, models, plots
 from robustjax.logging import duration, provenance, write_json
+from robustjax.methods.base import Method
 from robustjax.parallel import is_writer
 from robustjax.training import optimizers
 from robustjax.training.curves import draw_run
@@ -94,6 +96,30 @@ class Start(NamedTuple):
 def start() -> Start:
     """Call it first: the code may change while an experiment runs."""
     return Start(time.monotonic(), provenance())
+
+
+class Workload(NamedTuple):
+    """What an experiment trains and how, without its data: `scripts/plan_pod` compiles
+    it for chips that are not there.
+
+    attack_fn:        the attack in training, and `attack_steps` its gradient steps.
+    evaluation:       the attack that tests, and `evaluation_steps` its steps.
+    shape:            of one input.
+    batch_size:       rows per step, all devices together.
+    """
+
+    model: models.Model
+    method: Method
+    tx: optax.GradientTransformation
+    threat: rj.ThreatModel
+    attack_fn: rj.AttackFn
+    attack_steps: int
+    evaluation: rj.AttackFn
+    evaluation_steps: int
+    shape: tuple[int, ...]
+    batch_size: int
+    num_steps: int
+    ema_decay: float | None = None
 
 
 class Splits(NamedTuple):

@@ -3,6 +3,7 @@
     python -m experiments.madry_cifar --data-dir DIR
     python -m experiments.madry_cifar --data-dir DIR --preset paper
     python -m experiments.madry_cifar --data-dir DIR --preset code
+    python -m experiments.madry_cifar --data-dir DIR --preset pod
 
 `small`: PreActResNet-18 of width 16; one random-start step of 1.25 epsilon (RS-FGSM,
 Wong et al. 2020, arXiv:2001.03994), ten epochs, one-cycle SGD. 39,000 of the first
@@ -21,6 +22,9 @@ Differs from the authors' code: ReLU where theirs is leaky (0.1); normalization 
 data set's mean where theirs is by each image's; 1x1 convolutions as shortcuts; Nesterov
 momentum; the attack's passes do not move BatchNorm's running statistics. Their
 w32-10 has five blocks in each of three stages: depth 34 in the usual count.
+
+`pod` has NOT been run either: WideResNet-28-10, PGD-10, bfloat16, 2,048 images per
+step; `scripts/plan_pod madry_cifar --preset pod` compiles it for TPUs (docs/plan.md).
 """
 
 import dataclasses
@@ -40,7 +44,7 @@ from robustjax.training.loop import fit
 
 @dataclass(frozen=True)
 class Config:
-    preset: Literal["small", "paper", "code"] = "small"
+    preset: Literal["small", "paper", "code", "pod"] = "small"
     """Which defaults the other flags start from."""
     out: str = "runs/madry_cifar"
     """The run's folder. The same command on the same folder goes on with the run."""
@@ -110,7 +114,49 @@ PRESETS = {
     "code": dataclasses.replace(
         MADRY, preset="code", out="runs/madry_cifar_code", attack_steps=10
     ),
+    "pod": dataclasses.replace(
+        MADRY,
+        preset="pod",
+        out="runs/madry_cifar_pod",
+        depth=28,
+        attack_steps=10,
+        bn_mode="eval",
+        batch_size=2048,
+        num_steps=5_000,
+        learning_rate=0.4,
+        weight_decay=5e-4,
+        machine=Machine(dtype="bfloat16"),
+    ),
 }
+
+
+def workload(
+    config: Config, num_train: int = 49_000, num_classes: int = 10
+) -> common.Workload:
+    """What is trained, for `num_train` images."""
+    model = common.build_model(
+        *(config.model, "cifar10", num_classes, config.width, config.depth),
+        on=config.machine,
+    )
+    threat = rj.linf(config.epsilon)
+    attack_fn = rj.pgd(config.attack_steps, config.attack_step_size, keep=rj.last)
+    per_epoch = data.steps_per_epoch(num_train, config.batch_size)
+    num_steps = config.num_steps or config.num_epochs * per_epoch
+    rate = common.learning_rate(config.schedule, config.learning_rate, num_steps)
+    return common.Workload(
+        model,
+        madry(model, threat, attack_fn, bn_mode=config.bn_mode),
+        optimizers.sgd(rate, weight_decay=config.weight_decay, decay=config.decay),
+        threat,
+        attack_fn,
+        config.attack_steps,
+        rj.pgd(20),
+        20,
+        common.SHAPES["cifar10"],
+        config.batch_size,
+        num_steps,
+        config.ema_decay,
+    )
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -122,29 +168,22 @@ def main(config: Config) -> dict[str, Any]:
         config.num_validation,
         config.num_test,
     )
-    model = common.build_model(
-        *(config.model, "cifar10", splits.num_classes, config.width, config.depth),
-        on=config.machine,
-    )
+    num_train = splits.train.x.shape[0]
+    made = workload(config, num_train, splits.num_classes)
     options = machine.fit_options(config.machine, config.batch_size)
-    threat = rj.linf(config.epsilon)
-    attack_fn = rj.pgd(config.attack_steps, config.attack_step_size, keep=rj.last)
-    per_epoch = data.steps_per_epoch(splits.train.x.shape[0], config.batch_size)
-    num_steps = config.num_steps or config.num_epochs * per_epoch
-    rate = common.learning_rate(config.schedule, config.learning_rate, num_steps)
-    method = madry(model, threat, attack_fn, bn_mode=config.bn_mode)
+    per_epoch = data.steps_per_epoch(num_train, config.batch_size)
     trained = fit(
         jax.random.key(config.seed),
-        model,
-        machine.method(config.machine, method),
-        optimizers.sgd(rate, weight_decay=config.weight_decay, decay=config.decay),
-        splits.train,
+        made.model,
+        machine.method(config.machine, made.method),
+        *(made.tx, splits.train),
         batch_size=config.batch_size,
-        num_steps=num_steps,
-        checkpoint_every=min(per_epoch, num_steps),
+        num_steps=made.num_steps,
+        checkpoint_every=min(per_epoch, made.num_steps),
         augment=data.compose(data.random_crop, data.random_flip),
         validate=common.validator(
-            *(model, splits.validation, threat, config.num_attacked, options["mesh"])
+            *(made.model, splits.validation, made.threat),
+            *(config.num_attacked, options["mesh"]),
         ),
         out=config.out,
         config=common.training_part(config),
@@ -152,9 +191,9 @@ def main(config: Config) -> dict[str, Any]:
         compiler_options=models.convolution_options(),
         **options,
     )
-    attacks = {"FGSM": rj.fgsm(), "PGD-20": rj.pgd(20)}
+    attacks = {"FGSM": rj.fgsm(), "PGD-20": made.evaluation}
     return common.measure(
-        *(config.out, model, trained, splits, threat, attacks, began),
+        *(config.out, made.model, trained, splits, made.threat, attacks, began),
         mesh=options["mesh"],
     )
 
