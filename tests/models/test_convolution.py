@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from robustjax.models.convolution import (
+    by_turned_kernel,
     canonical_convolution,
     conv2d,
     has_own_rule,
@@ -199,3 +200,24 @@ def test_the_word_is_checked():
     assert has_own_rule("canonical") and not has_own_rule("plain")
     with pytest.raises(ValueError, match="convolution='fast'"):
         has_own_rule("fast")
+
+
+@pytest.mark.parametrize("pads", (((1, 1), (1, 1)), ((2, 0), (0, 1))))
+def test_the_rule_for_tpus_is_the_gradient(pads):
+    """No TPU here: its branch by itself, beside autodiff's, in float64."""
+    geometry = Geometry(padding=pads)
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(0), (2, 7, 6, 5), jnp.float64)
+        kernel = jax.random.normal(jax.random.key(1), (3, 2, 5, 4), jnp.float64)
+        out, pull = jax.vjp(lambda x: direct(x, kernel, geometry), x)
+        g = jax.random.normal(jax.random.key(2), out.shape, jnp.float64)
+        found = by_turned_kernel(kernel, g, geometry)
+        np.testing.assert_allclose(found, pull(g)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_programs_for_tpus_turn_the_kernel_and_others_do_not():
+    x, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 3))
+    gradient = jax.jit(jax.grad(lambda x, k: jnp.sum(conv2d(x, k))))
+    for platform, barriers in (("tpu", 1), ("cuda", 0)):
+        text = gradient.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("optimization_barrier") == barriers, platform
