@@ -10,6 +10,7 @@ from robustjax.data.augment import (
     random_flip,
 )
 from robustjax.data.dataset import Dataset
+from robustjax.data.folder import image_folder
 from robustjax.data.resident import (
     Resident,
     batch_at,
@@ -23,7 +24,7 @@ from robustjax.data.resident import (
     to_float,
 )
 from robustjax.data.sources import default_data_dir, load
-from robustjax.data.stream import stream
+from robustjax.data.stream import by_step, stream
 
 __all__ = [
     "AugmentFn",
@@ -32,12 +33,14 @@ __all__ = [
     "Resident",
     "batch_at",
     "batch_indices",
+    "by_step",
     "compose",
     "cutmix",
     "cutout",
     "default_data_dir",
     "epoch_order",
     "eval_batches",
+    "image_folder",
     "load",
     "random_crop",
     "random_flip",

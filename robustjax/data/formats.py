@@ -188,21 +188,11 @@ def read_image_folder(folder: Path) -> tuple[Arrays, tuple[str, ...]]:
       FileNotFoundError: a split or its images are missing.
       ValueError: a file is no image, sizes or classes differ.
     """
-    image_module = _pillow()
+    image_module = pillow()
     splits = {}
     for split in ("train", "test"):
         root = folder / split
-        classes = (
-            sorted(p.name for p in root.iterdir() if p.is_dir())
-            if (root.is_dir())
-            else []
-        )
-        files = [
-            (path, name)
-            for name in classes
-            for path in sorted((root / name).iterdir())
-            if path.suffix.lower() in IMAGE_SUFFIXES
-        ]
+        files = image_files(root)
         if not files:
             raise FileNotFoundError(
                 f"{root} holds no images. An image folder is {folder.name}/train/CLASS/"
@@ -247,7 +237,24 @@ def read_image_folder(folder: Path) -> tuple[Arrays, tuple[str, ...]]:
     return Arrays(*arrays), names
 
 
-def _pillow() -> Any:
+def image_files(root: Path) -> list[tuple[Path, str]]:
+    """The images in `root/CLASS/`, each with its class, both in alphabetical order."""
+    folders = sorted(root.iterdir()) if root.is_dir() else []
+    return [
+        (path, folder.name)
+        for folder in folders
+        if folder.is_dir()
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in IMAGE_SUFFIXES
+    ]
+
+
+def pillow() -> Any:
+    """Pillow's module Image.
+
+    Raises:
+      ImportError: it is not installed.
+    """
     try:
         from PIL import Image
     except ImportError as error:

@@ -70,6 +70,17 @@ def test_stream_reads_a_prepared_set(tmp_path):
     np.testing.assert_array_equal(np.sort(index), np.arange(40))
     x = np.concatenate([b.x for b in found])
     np.testing.assert_array_equal(x, content["x_train"][index])
+    # Four processes, from the second step on: the rows of one, in its order.
+    options = {"epochs": 1, "start_step": 1, "max_value": None, "shard_count": 4}
+    four = []
+    for shard in range(4):
+        part = stream(tfds_source(target, "train"), 2, 0, shard_index=shard, **options)
+        four.append(list(part))
+        part.close()
+    for step, one in enumerate(found[1:]):
+        for field in ("x", "y", "index"):
+            dealt = [getattr(shard[step], field) for shard in four]
+            np.testing.assert_array_equal(np.concatenate(dealt), getattr(one, field))
     with pytest.raises(ValueError, match="has the splits .* not 'validation'"):
         tfds_source(target, "validation")
 
