@@ -232,4 +232,8 @@ def test_convolutions_take_the_form_of_the_platform_they_are_lowered_for(platfor
     assert (wanted[0] > 0) == (platform == "cpu")
 
 
-COUNTED = ("optimization_barrier", "stablehlo.convolution", "stablehlo.dot_general")
+COUNTED = (
+    "stablehlo.optimization_barrier",
+    "stablehlo.convolution",
+    "stablehlo.dot_general",
+)
