@@ -210,11 +210,14 @@ def training_part(config: Any) -> dict[str, Any]:
 def validator(
     model: models.Model,
     examples: tuple[np.ndarray, np.ndarray],
-    threat: rj.ThreatModel,
+    threat: rj.ThreatModel | Mapping[str, rj.ThreatModel],
     count: int,
     mesh: Any = None,
 ) -> Callable[[Any, Any], dict[str, float]]:
-    """`fit`'s `validate`: accuracy on `count` held-out images, clean and by PGD-10."""
+    """`fit`'s `validate`: accuracy on `count` held-out images, clean and by PGD-10.
+
+    Of several threats: correct under every one.
+    """
     attacks = {"PGD-10": rj.pgd(10)}
     x, y = examples[0][:count], examples[1][:count]
 

@@ -12,8 +12,8 @@ epsilon either. docs/reproduce.md says what was measured.
 back in two equal parts, weight decay 5e-4, noise of 2 epsilon, a step of epsilon, as in
 the authors' train.py. The paper's figures are not quoted: they were not read.
 Differs from the authors' code: see `methods/nfgsm.py`; 1,000 training images are held
-out and choose the checkpoint, theirs is the last; activated shortcuts and a last
-BatchNorm in the net.
+out and choose the checkpoint, theirs is the last; the net is this library's
+PreActResNet-18 (docs/models.md).
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,7 @@ flat. `run` is `prepare`, `train`, `finish`; who needs more calls the three.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from experiments import common, machine
 from experiments.machine import Machine
 from robustjax import data, models
 from robustjax.methods.base import Method
+from robustjax.methods.standard import standard
 from robustjax.training import monitors, optimizers
 from robustjax.training.loop import FitResult, Validate, fit
 
@@ -178,6 +179,31 @@ def train(
     return fit(*inputs, **{**arguments, **options})
 
 
+def standard_net(
+    recipe: Recipe, ready: Prepared, name: str, num_epochs: int, **options: Any
+) -> rj.LogitsFn:
+    """A net like the recipe's, trained without attacks in the folder `out/name`.
+
+    It goes on where it stopped; the checkpoint of the highest clean accuracy on
+    held-out images is taken.
+    """
+    print(f"{name}: a net trained without attacks")
+    recipe = replace(
+        recipe, out=f"{recipe.out}/{name}", num_epochs=num_epochs, monitors=False
+    )
+    x, y = ready.splits.validation
+    held_out = x[: recipe.num_attacked], y[: recipe.num_attacked]
+    trained = train(
+        recipe,
+        ready,
+        standard(ready.model),
+        validate=monitors.accuracies(ready.model, ready.threat, held_out, rj.fgsm()),
+        best_metric="clean_accuracy",
+        **options,
+    )
+    return models.logits_fn(ready.model, trained.params, trained.extra)
+
+
 def length(recipe: Recipe, num_train: int) -> tuple[int, int]:
     """Steps of the whole training, and of an epoch."""
     per_epoch = data.steps_per_epoch(num_train, recipe.batch_size)
@@ -231,24 +257,37 @@ def watch(recipe: Recipe, ready: Prepared, on_collapse: Collapse | None) -> Vali
     return validate
 
 
-def finish(config: Any, ready: Prepared, trained: FitResult) -> dict[str, Any]:
-    """Measure the chosen checkpoint by FGSM, PGD-20 and the recipe's suite; save."""
+def finish(
+    config: Any, ready: Prepared, trained: FitResult, **more: Any
+) -> dict[str, Any]:
+    """Measure the chosen checkpoint by FGSM, PGD-20 and the recipe's suite; save.
+
+    `more` stands in the results too.
+    """
     recipe: Recipe = config.recipe
-    more = {"config": config, **ending(trained.history)}
+    more = {"config": config, **ending(trained.history), **more}
+    more |= by_suite(recipe, ready, trained, ready.threat)
     mesh = machine.mesh(recipe.machine, recipe.batch_size)
-    if recipe.suite:
-        report = rj.evaluate(
-            models.logits_fn(ready.model, trained.params, trained.extra),
-            *(*ready.splits.test, ready.threat),
-            suite=recipe.suite,
-            batch_size=250,
-            mesh=mesh,
-        )
-        print(report)
-        more["suite"] = report.summary()
     attacks = {"FGSM": rj.fgsm(), "PGD-20": rj.pgd(20)}
     inputs = (ready.model, trained, ready.splits, ready.threat, attacks, ready.began)
     return common.measure(recipe.out, *inputs, more=more, mesh=mesh)
+
+
+def by_suite(
+    recipe: Recipe, ready: Prepared, trained: FitResult, threat: Any
+) -> dict[str, Any]:
+    """What the recipe's suite says of the chosen checkpoint; {} without one."""
+    if recipe.suite is None:
+        return {}
+    report = rj.evaluate(
+        models.logits_fn(ready.model, trained.params, trained.extra),
+        *(*ready.splits.test, threat),
+        suite=recipe.suite,
+        batch_size=250,
+        mesh=machine.mesh(recipe.machine, recipe.batch_size),
+    )
+    print(report)
+    return {"suite": report.summary()}
 
 
 def ending(history: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from robustjax.attacks.base import AttackFn
+from robustjax.attacks.base import AttackFn, last
+from robustjax.attacks.pgd import pgd
 from robustjax.losses import cross_entropy, kl
 from robustjax.methods.base import (
     Aux,
@@ -107,4 +108,5 @@ def hat(
 
 def cifar10(model: Model, helper: LogitsFn) -> Method:
     """The authors' CIFAR-10: epsilon 8/255, 10 steps of 2/255, h 2, beta 2.5."""
-    return hat(model, linf("8/255"), helper)
+    attack_fn = pgd(10, 2 / 8, random_start=False, keep=last)
+    return hat(model, linf("8/255"), helper, attack_fn)

@@ -1,7 +1,7 @@
-"""Residual networks for 32 x 32 images with BatchNorm after each convolution."""
+"""Residual networks with BatchNorm after each convolution; the CIFAR forms."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from robustjax.models.convolution import Convolution
 from robustjax.models.layers import BatchNorm, Conv, Dense, normalize
 from robustjax.types import Array
 
+Stem = Literal["cifar", "imagenet"]
 EXPANSION = 4  # a bottleneck's output channels, in multiples of its inner ones
 
 
@@ -61,7 +62,11 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem with BN and ReLU, stages of blocks, global average, logits."""
+    """A stem with BN and ReLU, stages of blocks, global average, logits.
+
+    `stem`: "cifar", a 3 x 3 convolution; "imagenet", a 7 x 7 one with stride 2 and the
+    maximum over 3 x 3 with stride 2.
+    """
 
     width: int
     blocks: tuple[int, ...]
@@ -74,13 +79,16 @@ class ResNet(nn.Module):
     batch_groups: int
     dtype: Any
     convolution: Convolution
+    stem: Stem = "cifar"
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         x = normalize(x, self.mean, self.std)
+        large = self.stem == "imagenet"
         x = Conv(
             self.width,
-            padding=1,
+            *((7, 2) if large else (3, 1)),
+            padding=3 if large else 1,
             dtype=self.dtype,
             convolution=self.convolution,
             name="stem",
@@ -89,6 +97,10 @@ class ResNet(nn.Module):
             self.momentum, self.tiny, self.batch_groups, self.dtype, name="stem_bn"
         )(x, train=train)
         x = jax.nn.relu(x)
+        if large:
+            # After ReLU a frame of zeros is as good as one of minus infinities.
+            x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+            x = nn.max_pool(x, (3, 3), (2, 2))
         for stage, count in enumerate(self.blocks):
             for block in range(count):
                 x = Block(
@@ -178,8 +190,9 @@ def resnet50(
     tiny: float = 1e-5,
     dtype: Any = jnp.float32,
     convolution: Convolution = "auto",
+    stem: Stem = "cifar",
 ) -> Model:
-    """ResNet-50 for CIFAR: a 3 x 3 stem without pooling, (3, 4, 6, 3) bottlenecks.
+    """ResNet-50, (3, 4, 6, 3) bottlenecks; for CIFAR a 3 x 3 stem without pooling.
 
     A bottleneck has `width * (1, 2, 4, 8)` inner channels and four times as many at its
     output; its 3 x 3 convolution carries the stride (1, 2, 2, 2). Convolutions are
@@ -195,9 +208,14 @@ def resnet50(
         tiny: BatchNorm's addition to the variance.
         dtype: of the computation; weights, statistics and logits are float32.
         convolution: "auto", "plain" (needed for forward mode) or "canonical".
+        stem: "imagenet": a 7 x 7 convolution with stride 2 and the maximum over 3 x 3
+            with stride 2, as in the paper.
 
     Returns:
         A model on `[B, H, W, C]`; `extra = {"batch_stats": ...}`.
+
+    Raises:
+        ValueError: on another word for `stem`.
 
     Reference: He et al., arXiv:1512.03385; as used by Engstrom et al. (the
     `robustness` library, 2019) and Augustin et al., arXiv:2003.09461.
@@ -207,6 +225,8 @@ def resnet50(
     >>> params["head"]["kernel"].shape
     (2048, 10)
     """
+    if stem not in ("cifar", "imagenet"):
+        raise ValueError(f"stem={stem!r}: choose 'cifar' or 'imagenet'.")
     return from_linen(
         ResNet(
             width,
@@ -220,5 +240,6 @@ def resnet50(
             batch_groups,
             dtype,
             convolution,
+            stem,
         )
     )

@@ -4,23 +4,38 @@ import dataclasses
 import json
 import typing
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import (
+    awp_cifar,
     common,
     evaluate,
     fast_cifar,
+    free_cifar,
+    generated_data_cifar,
+    gradalign_cifar,
+    hat_cifar,
+    mart_cifar,
+    multinorm_cifar,
     nfgsm_cifar,
     recipe,
     trades_cifar,
 )
+from robustjax import models
+from robustjax.types import Batch
 from tests.experiments.test_experiments import quick_compilation, write_images
 
 __all__ = ["quick_compilation"]
 
-MODULES = [fast_cifar, nfgsm_cifar, trades_cifar]
-SINGLE_STEP = [fast_cifar, nfgsm_cifar]
+MODULES = [
+    *(fast_cifar, nfgsm_cifar, gradalign_cifar, free_cifar),
+    *(trades_cifar, mart_cifar, awp_cifar, hat_cifar),
+    *(multinorm_cifar, generated_data_cifar),
+]
+SINGLE_STEP = [fast_cifar, nfgsm_cifar, gradalign_cifar, free_cifar]
 TINY = {
     "model": "wide_resnet",
     "depth": 10,
@@ -35,20 +50,8 @@ TINY = {
 NUM_TRAIN = 50_000 - 1_000
 
 
-def every(values, slow_but=()):
-    """Parameters by the module's name, slow unless named."""
-    return [
-        pytest.param(
-            module,
-            id=module.__name__.split(".")[1],
-            marks=[] if module in slow_but else pytest.mark.slow,
-        )
-        for module in values
-    ]
-
-
 def named(modules):
-    return every(modules, modules)
+    return [pytest.param(m, id=m.__name__.split(".")[1]) for m in modules]
 
 
 def tiny(module, folder, preset="small", **changes):
@@ -141,6 +144,61 @@ def test_paper_presets_are_the_published_settings():
     late = [(75 * 382 - 1) / (76 * 382), 75 / 76, 1]
     np.testing.assert_allclose(rates(trades_cifar, late), [0.1, 0.01, 0.01], rtol=1e-5)
 
+    mart, wide = mart_cifar.PRESETS["paper"], mart_cifar.PRESETS["wide"]
+    for config, beta, decay, epochs in ((mart, 5, 3.5e-3, 120), (wide, 6, 7e-4, 90)):
+        assert (config.beta, config.recipe.weight_decay) == (beta, decay)
+        assert config.recipe.num_epochs == epochs
+        assert config.attack_step_size * float(config.recipe.epsilon) == 0.007
+    late = [0, 75 / 120, 90 / 120, 100 / 120]
+    steps = [1e-2, 1e-3, 1e-4, 1e-5]
+    np.testing.assert_allclose(rates(mart_cifar, late), steps, rtol=1e-5)
+    late = rates(mart_cifar, [0, 75 / 90, 1], "wide")
+    np.testing.assert_allclose(late, [0.1, 0.01, 0.001], rtol=1e-5)
+
+    for name, on, warmup in (("paper", "madry", 0), ("trades", "trades", 10)):
+        config = awp_cifar.PRESETS[name]
+        assert (config.on, config.num_warmup, config.gamma) == (on, warmup, None)
+        assert (config.attack_steps, config.attack_step_size * 8) == (10, 2)
+        assert (config.recipe.num_epochs, config.recipe.weight_decay) == (200, 5e-4)
+        found = rates(awp_cifar, [0.499, 0.5, 0.75], name)
+        np.testing.assert_allclose(found, [0.1, 0.01, 0.001], rtol=1e-5)
+    assert awp_cifar.GAMMA == {"madry": 0.01, "trades": 0.005}
+
+    free = free_cifar.PRESETS["paper"]
+    assert (free.repeats, free.recipe.num_steps, free.step_size) == (8, 10_000, 1)
+    updates = [39_999 / 80_000, 0.5, 0.75]
+    found = rates(free_cifar, updates, repeats=8)
+    np.testing.assert_allclose(found, [0.1, 0.01, 0.001], rtol=1e-5)
+
+    aligned = gradalign_cifar.PRESETS["paper"]
+    assert (aligned.strength, aligned.step_size) == (0.2, 1.25)
+    found = rates(gradalign_cifar, [0, 0.2, 0.4, 0.7, 1])
+    np.testing.assert_allclose(found, [0, 0.15, 0.3, 0.15, 0], atol=2e-4)
+
+    hat = hat_cifar.PRESETS["paper"]
+    assert (hat.beta, hat.gamma, hat.reach, hat.helper_epochs) == (2.5, 0.5, 2, 50)
+    assert (hat.attack_steps, hat.attack_step_size * 8) == (10, 2)
+    assert hat.recipe.nesterov
+    found = rates(hat_cifar, [0, 0.25, 0.625, 1])
+    np.testing.assert_allclose(found, [0.0084, 0.21, 0.105, 0], atol=1e-4)
+
+    union = multinorm_cifar.PRESETS["paper"]
+    sizes = np.multiply(union.step_sizes, (0.03, 0.3, 12))
+    np.testing.assert_allclose(sizes, [0.003, 0.05, 1])
+    assert (union.recipe.epsilon, union.trained_l2) == ("0.03", "0.3")
+    assert (union.attack_steps, union.recipe.num_epochs) == (50, 50)
+    found = rates(multinorm_cifar, [0, 0.2, 0.4, 0.6, 0.8, 0.9])
+    expected = [0, 0.05, 0.1, 0.0525, 0.005, 0.0025]
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+    generated = generated_data_cifar.PRESETS["paper"]
+    assert (generated.fraction, generated.smoothing, generated.beta) == (0.7, 0.1, 5)
+    assert (generated.recipe.batch_size, generated.recipe.ema_decay) == (512, 0.995)
+    assert (generated.recipe.depth, generated.recipe.width) == (28, 10)
+    assert generated.recipe.num_epochs == 400
+    found = rates(generated_data_cifar, [0, 0.025, 1])
+    np.testing.assert_allclose(found, [0.008, 0.2, 0], atol=1e-5)
+
 
 def test_lengths_and_schedules_follow_the_recipe():
     given = recipe.Recipe("x", num_epochs=4, batch_size=10, learning_rate=1.0)
@@ -195,19 +253,151 @@ def test_a_single_step_run_is_watched_and_refuses_another(
 
 
 @pytest.mark.usefixtures("quick_compilation", "cheap_validation")
-@pytest.mark.parametrize("module", every(MODULES, [trades_cifar]))
-def test_runs_are_measured_and_read_by_evaluate(module, tmp_path, capsys):
+def test_a_run_is_measured_and_read_by_evaluate(tmp_path, capsys):
     write_images(tmp_path, "cifar10", (32, 32, 3))
-    results = module.main(tiny(module, tmp_path, monitors=False))
+    results = trades_cifar.main(tiny(trades_cifar, tmp_path, monitors=False))
     written = read(tmp_path / "run" / "results.json")
     assert written["accuracy"] == results["accuracy"]
     assert set(written["accuracy"]) == {"FGSM", "PGD-20"}
     assert 0 <= written["robust_accuracy"] <= written["clean_accuracy"] <= 1
     assert written["config"]["recipe"]["batch_size"] == 16
     assert written["last"]["step"] == 3
-    assert ("collapsed" in written["last"]) == (module in SINGLE_STEP)
+    assert "collapsed" not in written["last"]
     _, dataset, trained = evaluate.load_run(tmp_path / "run")
     assert (dataset, trained["depth"], trained["width"]) == ("cifar10", 10, 1)
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation", "cheap_validation")
+@pytest.mark.parametrize(
+    ("module", "changes"),
+    [
+        (nfgsm_cifar, {}),
+        (gradalign_cifar, {}),
+        (free_cifar, {"repeats": 2}),
+        (mart_cifar, {}),
+        (awp_cifar, {"num_warmup": 1}),
+        (awp_cifar, {"on": "trades"}),
+    ],
+    ids=lambda v: getattr(v, "__name__", str(v)),
+)
+def test_every_method_is_trained(module, changes, tmp_path, capsys, monkeypatch):
+    write_images(tmp_path, "cifar10", (32, 32, 3))
+    monkeypatch.setattr(common, "measure", lambda *given, more: (given, more))
+    config = tiny(module, tmp_path, monitors=False, **changes)
+    given, more = module.main(config)
+    assert more["config"] == config
+    assert ("collapsed" in more["last"]) == (module in SINGLE_STEP)
+    before, _ = given[1].init(jax.random.key(0), np.zeros((1, 32, 32, 3)))
+    trained = given[2]
+    assert jax.tree.structure(trained.params) == jax.tree.structure(before)
+    assert len([r for r in trained.history if r["kind"] == "train"]) == 1
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+def test_several_norms_are_measured_with_their_union(tmp_path, capsys):
+    write_images(tmp_path, "cifar10", (32, 32, 3))
+    results = multinorm_cifar.main(tiny(multinorm_cifar, tmp_path, attack_steps=1))
+    assert set(results["threats"]) == {"Linf", "L2", "L1"}
+    each = [found["robust_accuracy"] for found in results["threats"].values()]
+    assert results["robust_accuracy"] <= min(each)
+    assert results["last"]["input_gradient_norm"] > 0
+    evaluate.load_run(tmp_path / "run")
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("preset", "metrics"),
+    [
+        ("small", {"loss", "accuracy"}),
+        ("average", {"accuracy_0", "accuracy_1", "accuracy_2"}),
+        ("maximum", {"loss", "accuracy"}),
+        ("eat", {"share_0", "share_1"}),
+        ("paper", {"loss", "accuracy"}),
+    ],
+)
+def test_the_methods_for_several_norms_are_built(preset, metrics):
+    def linear(params, x):
+        return x.reshape(len(x), -1)[:, :4] @ params
+
+    model = models.Model(
+        lambda key, x: (jnp.ones((4, 3)), {}),
+        lambda params, extra, x, *, train=False, key=None: (linear(params, x), extra),
+    )
+    config = multinorm_cifar.PRESETS[preset]
+    method = multinorm_cifar.build(config, model)
+    batch = Batch(jnp.full((2, 4, 4, 3), 0.5), jnp.array([0, 1]), jnp.arange(2))
+    carry = method.init(jnp.ones((4, 3)), batch)
+    grads, aux = jax.eval_shape(
+        *(method.grads, jnp.ones((4, 3)), {}, carry, batch, jnp.int32(0)),
+        jax.random.key(0),
+    )
+    assert grads.shape == (4, 3)
+    assert metrics <= set(aux.metrics)
+
+
+def test_step_sizes_are_one_for_each_norm():
+    config = dataclasses.replace(multinorm_cifar.Config(), step_sizes=(0.1, 0.2))
+    with pytest.raises(ValueError, match=r"step_sizes=\(0.1, 0.2\)"):
+        multinorm_cifar.build(config, None)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation", "cheap_validation")
+@pytest.mark.parametrize("source", ["self", "file"])
+def test_generated_images_join_every_batch(source, tmp_path, capsys, monkeypatch):
+    write_images(tmp_path, "cifar10", (32, 32, 3))
+    monkeypatch.setattr(common, "measure", lambda *given, more: more)
+    path = source
+    if source == "file":
+        path = str(tmp_path / "generated.npz")
+        image = np.zeros((40, 32, 32, 3), np.uint8)
+        np.savez(path, image=image, label=np.arange(40) % 10)
+    changes = {"generated": path, "num_held_back": 30, "monitors": False}
+    config = tiny(generated_data_cifar, tmp_path, **changes)
+    more = generated_data_cifar.main(config)
+    assert (tmp_path / "run" / "checkpoints" / "step_00000003").is_dir()
+    if source == "self":
+        assert 0 <= more["labels_right"] <= 1
+        assert (tmp_path / "run" / "teacher" / "config.json").exists()
+        (tmp_path / "run" / "teacher").rename(tmp_path / "run" / "earlier")
+        config = dataclasses.replace(config, num_held_back=20)
+    else:
+        np.savez(path, image=image + 1, label=np.arange(40) % 10)
+    with pytest.raises(ValueError, match=r"data\."):  # other images: another run
+        generated_data_cifar.main(config)
+    capsys.readouterr()
+
+
+def test_absent_or_foreign_generated_images_are_refused(tmp_path):
+    config = generated_data_cifar.Config()
+    with pytest.raises(FileNotFoundError, match="--generated self"):
+        generated_data_cifar.main(config)
+    path = tmp_path / "other.npz"
+    np.savez(path, x=np.zeros(3))
+    with pytest.raises(ValueError, match="must hold image and label"):
+        generated_data_cifar.read(str(path))
+    np.savez(path, image=np.zeros((3, 8, 8, 3)), label=np.zeros(3))
+    with pytest.raises(ValueError, match="not uint8 32x32x3"):
+        generated_data_cifar.read(str(path))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation", "cheap_validation")
+def test_the_helper_is_trained_once(tmp_path, capsys, monkeypatch):
+    write_images(tmp_path, "cifar10", (32, 32, 3))
+    monkeypatch.setattr(common, "measure", lambda *given, more: more)
+    config = tiny(hat_cifar, tmp_path, monitors=False)
+    hat_cifar.main(config)
+    helper = tmp_path / "run" / "helper"
+    rows = (helper / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="gamma"):
+        hat_cifar.main(dataclasses.replace(config, gamma=0.25))
+    assert (helper / "metrics.jsonl").read_text() == rows
+    assert len(read(helper / "provenance.json")["starts"]) == 2
     capsys.readouterr()
 
 

@@ -29,6 +29,8 @@ def test_sizes_are_the_published_ones():
     image = (1, 32, 32, 3)
     # kuangliu/pytorch-cifar's PreActResNet18 has 11,171,146 and no last BatchNorm.
     assert parameters(models.preact_resnet18(), image) == 11_171_146 + 2 * 512
+    large = models.resnet50(1000, stem="imagenet")
+    assert parameters(large, (1, 64, 64, 3)) == 25_557_032  # torchvision's
     # Zagoruyko & Komodakis, table 1: 36.5 M (28-10) and 8.9 M (40-4).
     assert parameters(models.wide_resnet(28, 10), image) == 36_479_194
     assert round(parameters(models.wide_resnet(40, 4), image) / 1e5) == 89
