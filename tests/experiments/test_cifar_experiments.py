@@ -18,6 +18,7 @@ from experiments import (
     generated_data_cifar,
     gradalign_cifar,
     hat_cifar,
+    imagenet_fast,
     mart_cifar,
     multinorm_cifar,
     nfgsm_cifar,
@@ -67,6 +68,14 @@ def tiny(module, folder, preset="small", **changes):
     )
 
 
+def names_of(config):
+    """The fields of a config and of what it contains."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        inside = dataclasses.is_dataclass(value)
+        yield from names_of(value) if inside else [field.name]
+
+
 def read(path):
     return json.loads(path.read_text())
 
@@ -79,15 +88,14 @@ def rates(module, steps, preset="paper", repeats=1, num_train=NUM_TRAIN):
     return [float(rate(round(step * length * repeats))) for step in steps]
 
 
-@pytest.mark.parametrize("module", named(MODULES))
+@pytest.mark.parametrize("module", named([*MODULES, imagenet_fast]))
 def test_flags_are_flat_and_a_misspelt_one_is_an_error(module, capsys):
     with pytest.raises(SystemExit) as stop:
         common.parse(module.PRESETS, module.__doc__, ["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert f"usage: python -m {module.__name__} " in text
-    fields = [f.name for f in dataclasses.fields(module.Config) if f.name != "recipe"]
-    for name in [*fields, *(f.name for f in dataclasses.fields(recipe.Recipe))]:
+    for name in names_of(module.Config()):
         flag = "--" + name.replace("_", "-")
         assert flag in text or flag.replace("--", "--no-") in text
     with pytest.raises(SystemExit) as stop:
@@ -235,7 +243,7 @@ def test_a_single_step_run_is_watched_and_refuses_another(
     tmp_path, capsys, monkeypatch
 ):
     write_images(tmp_path, "cifar10", (32, 32, 3))
-    monkeypatch.setattr(common, "measure", lambda *given, more: more)
+    monkeypatch.setattr(common, "measure", lambda *given, more, **rest: more)
     config = tiny(fast_cifar, tmp_path)
     results = fast_cifar.main(config)
     last = results["last"]
@@ -284,7 +292,7 @@ def test_a_run_is_measured_and_read_by_evaluate(tmp_path, capsys):
 )
 def test_every_method_is_trained(module, changes, tmp_path, capsys, monkeypatch):
     write_images(tmp_path, "cifar10", (32, 32, 3))
-    monkeypatch.setattr(common, "measure", lambda *given, more: (given, more))
+    monkeypatch.setattr(common, "measure", lambda *given, more, **rest: (given, more))
     config = tiny(module, tmp_path, monitors=False, **changes)
     given, more = module.main(config)
     assert more["config"] == config
@@ -350,7 +358,7 @@ def test_step_sizes_are_one_for_each_norm():
 @pytest.mark.parametrize("source", ["self", "file"])
 def test_generated_images_join_every_batch(source, tmp_path, capsys, monkeypatch):
     write_images(tmp_path, "cifar10", (32, 32, 3))
-    monkeypatch.setattr(common, "measure", lambda *given, more: more)
+    monkeypatch.setattr(common, "measure", lambda *given, more, **rest: more)
     path = source
     if source == "file":
         path = str(tmp_path / "generated.npz")
@@ -389,7 +397,7 @@ def test_absent_or_foreign_generated_images_are_refused(tmp_path):
 @pytest.mark.usefixtures("quick_compilation", "cheap_validation")
 def test_the_helper_is_trained_once(tmp_path, capsys, monkeypatch):
     write_images(tmp_path, "cifar10", (32, 32, 3))
-    monkeypatch.setattr(common, "measure", lambda *given, more: more)
+    monkeypatch.setattr(common, "measure", lambda *given, more, **rest: more)
     config = tiny(hat_cifar, tmp_path, monitors=False)
     hat_cifar.main(config)
     helper = tmp_path / "run" / "helper"
