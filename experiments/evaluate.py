@@ -63,7 +63,8 @@ class Config:
     checks: Literal["default", "full", "none"] = "default"
     """What to look at that makes a model's robustness doubtful."""
     resume: bool = True
-    """Remember what a suite has finished (`--out`/ledger): the same command goes on."""
+    """Remember what a suite has finished (`--out`/ledger/SUITE_N_BUDGETS): the same
+    command goes on."""
     attacks: tuple[Name, ...] | None = None
     """Which single attacks; absent: none beside a suite, all without one."""
     num_steps: int = 20
@@ -84,8 +85,8 @@ def load_run(
     path = Path(run) / "config.json"
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} does not exist: --run is the folder of a training, such as "
-            "runs/madry_cifar."
+            f"{path} does not exist: --run is the folder of a training that was run "
+            f"before{_nets_in(run)}."
         )
     config = json.loads(path.read_text())
     dataset = config.get("dataset", "cifar10")
@@ -101,6 +102,11 @@ def load_run(
     like = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, *shape)))
     params, extra = load_weights(run, like, which)
     return models.logits_fn(model, params, extra), dataset, config
+
+
+def _nets_in(run: str | Path) -> str:
+    found = sorted(p.parent.name for p in Path(run).glob("*/config.json"))
+    return f"; in {run} there are {', '.join(found)}" if found else ""
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -129,6 +135,8 @@ def main(config: Config) -> dict[str, Any]:
     }
     single = () if config.suite else tuple(known)
     out = Path(config.out or Path(config.run) / "evaluation")
+    asked = f"{config.suite}_{len(y)}_{'_'.join(budgets)}".replace("/", "of")
+    ledger = out / "ledger" / asked  # another question is no reason to refuse
     report = rj.evaluate(
         f,
         np.asarray(x),
@@ -140,7 +148,7 @@ def main(config: Config) -> dict[str, Any]:
         key=jax.random.key(config.seed),
         batch_size=config.batch_size,
         checks=config.checks,
-        resume=out / "ledger" if config.suite and config.resume else None,
+        resume=ledger if config.suite and config.resume else None,
         mesh=machine.mesh(config.machine),
     )
     used = f"{found.source}; first {len(y):,} test images"

@@ -82,7 +82,7 @@ def check_attack_fn(attack_fn: Any) -> None:
     if not callable(attack_fn):
         raise TypeError(
             f"the attack is {attack_fn!r}, no function (key, problem): give one such "
-            "as pgd(10)."
+            "as robustjax.pgd(10)."
         )
     try:
         signature = inspect.signature(attack_fn)

@@ -65,6 +65,8 @@ def check_inputs(
             "threat is a stacked one: pass a dict of names and threats instead, such "
             "as {'Linf': linf(0.1), 'L2': l2(0.5)}."
         )
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
+        raise TypeError(f"batch_size={batch_size!r}: must be an integer, such as 256.")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be 1 or more.")
     x = _check_x(x, threat)
@@ -230,6 +232,14 @@ def check_key(key: Any) -> Array:
         return jax.random.key(0)
     if isinstance(key, int | float):
         raise TypeError(f"key={key} is no JAX key: pass jax.random.key({int(key)}).")
+    if not isinstance(key, jax.Array) or not (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
+    ):
+        raise TypeError(f"key={key!r} is no JAX key: pass one, jax.random.key(0).")
+    if key.ndim != (0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1):
+        raise ValueError(
+            f"key has shape {key.shape}: pass one key, such as keys[0], not several."
+        )
     return key
 
 
@@ -249,7 +259,12 @@ def check_logits(logits: Any, y: np.ndarray, count: int) -> None:
     ...
     ValueError: y holds label 3, but the model has 3 classes (0 to 2).
     """
-    shape = tuple(getattr(logits, "shape", ()))
+    if not hasattr(logits, "shape"):
+        raise TypeError(
+            f"logits_fn returned a {type(logits).__name__}, not an array: return the "
+            "logits [B, K] alone, such as lambda x: f(x)[0] of (logits, state)."
+        )
+    shape = tuple(logits.shape)
     if len(shape) != 2 or shape[0] != count:
         raise ValueError(
             f"logits_fn returned shape {shape} for {count} examples: it must return "
@@ -270,7 +285,8 @@ def check_logits(logits: Any, y: np.ndarray, count: int) -> None:
 def warn(flags: list[Flag]) -> None:
     """Say each flag loudly, as a `ModelWarning`."""
     for flag in flags:
-        warnings.warn(f"{flag.name}: {flag.message}", ModelWarning, stacklevel=3)
+        # 4: warn, the findings' add, evaluate (or _examine within it), its caller.
+        warnings.warn(f"{flag.name}: {flag.message}", ModelWarning, stacklevel=4)
 
 
 def warn_of_width(threat: ThreatModel) -> None:

@@ -218,7 +218,7 @@ def after(
 
     Square breaks what every gradient attack before it missed: more than 0.2 % of the
     examples, at least 2, and more than a luck of 0.2 % explains (in one of a hundred
-    evaluations).
+    evaluations). Where no gradient attack came before it, it tells nothing.
 
     Args:
       broken_by: in the order of the suite, a name and `[N]` bool: what each attack
@@ -227,16 +227,18 @@ def after(
         belongs to the one that it begins with.
 
     >>> broken = {"apgd-ce": np.arange(500) < 90, "square": np.arange(500) > 490}
-    >>> [flag.name for flag in after(broken)]
-    ['gradient masked']
+    >>> [flag.name for flag in after(broken)], after({"square": broken["square"]})
+    (['gradient masked'], [])
     """
     flags = []
-    before = None
+    before, followed = None, False
     for name, broken in broken_by.items():
         broken = np.asarray(broken)
         before = np.zeros_like(broken) if before is None else before
         won = int((broken & ~before).sum())
-        if name.startswith(tuple(score_based)) and before.any() | won:
+        if not name.startswith(tuple(score_based)):
+            followed = True  # some attack has followed the gradient by now
+        elif followed:
             least = max(2, 0.002 * len(broken))
             if won >= least and _tail(won, len(broken), 0.002) < 0.01:
                 flags.append(

@@ -7,9 +7,11 @@ line that a kill has cut is ignored; its group is run again.
 """
 
 import hashlib
+import io
 import json
 import os
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +74,19 @@ def model_digest(f: LogitsFn, x: np.ndarray) -> str:
 
     shape = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
     closed = jax.make_jaxpr(gradient)(f, shape, jax.random.key(0))
+    return digest(tree_digest(f), program_digest(closed))
+
+
+def program_digest(closed: Any) -> str:
+    """A hash of a traced program (`jax.make_jaxpr`): its operations and constants.
+
+    >>> trace = jax.make_jaxpr
+    >>> one, same, two = (trace(lambda x, k=k: x * k)(1.0) for k in (1, 1, 2))
+    >>> program_digest(one) == program_digest(same) != program_digest(two)
+    True
+    """
     text = re.sub(r"0x[0-9a-f]+", "", str(closed))
-    constants = tree_digest([c for c in closed.consts if hasattr(c, "shape")])
-    return digest(tree_digest(f), constants, text)
+    return digest(text, tree_digest([c for c in closed.consts if hasattr(c, "shape")]))
 
 
 def code_digest() -> str:
@@ -107,7 +119,7 @@ class Ledger:
         (folder / "groups").mkdir(parents=True, exist_ok=True)
         path = folder / "header.json"
         if path.exists():
-            _compare(folder, json.loads(path.read_text()), header, logits)
+            _compare(folder, _parsed(path), header, logits)
         else:
             np.save(folder / "logits.npy", logits)
             write_json(path, header)
@@ -138,7 +150,7 @@ class Ledger:
                 "of this run, although all else agrees. Delete the folder, and please "
                 "report it."
             )
-        with np.load(self.folder / "groups" / row["file"]) as arrays:
+        with _arrays(self.folder / "groups" / row["file"]) as arrays:
             x_adv = np.array(x, np.float32)
             x_adv[arrays["places"]] = arrays["points"]
             return Outcome(
@@ -198,12 +210,29 @@ FIXES = {
     "y": "the labels differ",
     "index": "the example indices differ",
     "threat": "norm, epsilon or box differ",
-    "suite": "the suite, its constants or the added attacks differ",
+    "suite": "the suite, its constants or the names of the added attacks differ",
+    "attacks": "an added attack computes something else",
     "key": "the random key differs",
-    "rows": "the rows per device differ",
+    "rows": "the shapes differ, as they do with another batch_size or device count",
     "machine": "JAX's version, backend or precision differ",
     "code": "the code has changed since",
 }
+
+
+def _parsed(path: Path) -> dict[str, str]:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: delete resume={path.parent}.") from error
+
+
+def _arrays(path: Path) -> Any:
+    try:
+        return np.load(io.BytesIO(path.read_bytes()))
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is damaged or gone: delete resume={path.parents[1]}."
+        ) from error
 
 
 def _compare(folder, old: dict[str, str], new: dict[str, str], logits) -> None:

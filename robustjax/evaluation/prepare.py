@@ -1,18 +1,20 @@
 """What stands between a user's model and the driver: its form, its clean answers."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robustjax.attacks.base import AttackFn, Result
 from robustjax.evaluation import checks as inputs
 from robustjax.evaluation.driver import Driver, pad, plan
 from robustjax.models.canonical import canonicalize
 from robustjax.parallel import fetch
-from robustjax.problems import predictions, takes_key
+from robustjax.problems import predictions, takes_key, untargeted
 from robustjax.threats import ThreatModel
 from robustjax.types import Array, Key
 
@@ -27,6 +29,12 @@ def prepare_model(
             f"logits_fn is a {type(logits_fn).__name__}: pass a function f(x) that "
             "returns logits, such as robustjax.models.logits_fn(model, params, extra)."
         )
+    kinds = {c.__module__.split(".")[0] for c in type(logits_fn).__mro__}
+    if "flax" in kinds:  # NNX modules can be called, and carry state
+        raise TypeError(
+            f"logits_fn is the Flax module {type(logits_fn).__name__}: pass a function "
+            "of x with its weights bound; docs/evaluate.md shows Linen and NNX."
+        )
     f = logits_fn
     if not isinstance(f, jax.tree_util.Partial):
         f = jax.tree_util.Partial(f)
@@ -38,6 +46,49 @@ def prepare_model(
     looped = inputs.note_costs(f, shape)
     # On CPU an ordinary convolution inside an attack's loop is 10 times slower.
     return canonicalize(f), looped
+
+
+def traced_attacks(
+    attacks: Mapping[str, AttackFn],
+    f: Any,
+    x: np.ndarray,
+    y: np.ndarray,
+    threat: ThreatModel,
+) -> dict[str, Any]:
+    """The program of each attack on two rows, nothing being computed.
+
+    Raises TypeError or ValueError where one does not return a `Result` of its rows; an
+    error of its own gets its name as a note.
+    """
+    rows = slice(0, min(2, len(x)))
+    few = of_rows(threat, rows)
+
+    def call(attack_fn: AttackFn, key: Key, x: Array, y: Array) -> Any:
+        return attack_fn(key, untargeted(f, x, y, few))
+
+    programs = {}
+    for name, attack_fn in attacks.items():
+        arguments = (jax.random.key(0), x[rows], y[rows])
+        trace = jax.make_jaxpr(functools.partial(call, attack_fn), return_shape=True)
+        try:
+            programs[name], found = trace(*arguments)
+        except Exception as error:
+            error.add_note(f"raised by attacks[{name!r}], traced on {rows.stop} rows")
+            raise
+        if not isinstance(found, Result):
+            raise TypeError(
+                f"attacks[{name!r}] returned a {type(found).__name__}: return "
+                "robustjax.Result(x_adv, success, size, score)."
+            )
+        wanted = (x[rows].shape, *((rows.stop,),) * 3)
+        for field, leaf, shape in zip(Result._fields, found, wanted, strict=True):
+            if tuple(np.shape(leaf)) != shape:
+                raise ValueError(
+                    f"attacks[{name!r}] returned {field} of shape "
+                    f"{tuple(np.shape(leaf))} for x of shape {x[rows].shape}: it must "
+                    f"be {shape}."
+                )
+    return programs
 
 
 def _without_key(f: Callable[..., Array], x: Array, key: Key | None = None) -> Array:

@@ -26,6 +26,7 @@ from robustjax.evaluation.ledger import (
     code_digest,
     digest,
     model_digest,
+    program_digest,
     tree_digest,
 )
 from robustjax.evaluation.live import Live
@@ -34,6 +35,7 @@ from robustjax.evaluation.prepare import (
     of_rows,
     predicted,
     prepare_model,
+    traced_attacks,
 )
 from robustjax.evaluation.report import Report, ThreatReport
 from robustjax.models.canonical import canonicalize
@@ -64,6 +66,7 @@ class _Task(NamedTuple):
     x, y, index, logits, prediction: `[N, ...]`; logits as the model gives them.
     suite, suite_name: how survivors are attacked.
     extra:     name -> the user's own attack.
+    programs:  a hash of what these compute; no attacks, no hash.
     """
 
     driver: Driver
@@ -75,6 +78,7 @@ class _Task(NamedTuple):
     suite: Any
     suite_name: str | None
     extra: dict[str, AttackFn]
+    programs: str
     key: Key
     axes: str | None
     individual: bool
@@ -162,15 +166,19 @@ def evaluate(
     axes = _axes(image_axes, x)
     key_judge, key_attacks, key_checks = jax.random.split(inputs.check_key(key), 3)
     f, looped = prepare_model(logits_fn, x, y, batch_size)
-    shapes = ladder(batch_size, len(x), 1 if mesh is None else mesh.size)
     first = next(iter(named.values()))
+    programs = [
+        f"{name} {program_digest(program)}"
+        for name, program in traced_attacks(extra, f, x, y, first).items()
+    ]
+    shapes = ladder(batch_size, len(x), 1 if mesh is None else mesh.size)
     model = Model(f, jnp.float32(1))
     driver = Driver(model, first, shapes, looped, mesh, key_judge[None])
     logits = clean_logits(driver, x, np.argsort(index, kind="stable"))
     task = _Task(
         driver,
         *(x, y, index, logits, predicted(logits)),
-        *(run_suite, suite_name, extra, key_attacks, axes),
+        *(run_suite, suite_name, extra, digest(*programs), key_attacks, axes),
         # Beside a suite they are further attacks of the sequence.
         individual and run_suite is None,
         stop_below,
@@ -271,6 +279,8 @@ def _examine(
                 f, task.x, t, task.index, key, features_fn
             )
             raised += more
+        if task.suite_name == "rand":  # what the others are warned of is wanted here
+            raised = [r for r in raised if r.name != "random"]
         found.measured.update({prefix + check: s for check, s in seen.items()})
         found.add([r._replace(message=prefix + r.message) for r in raised])
     return found
@@ -346,6 +356,7 @@ def _ledger(
         "index": digest(task.index[order]),
         "threat": f"{t.norm} {digest(epsilon[order], t.lower, t.upper)}",
         "suite": f"{task.suite_name} {extra} {task.axes} scale {scale:g}",
+        "attacks": task.programs,
         "key": tree_digest(task.key),
         "rows": f"{driver.shapes}, {len(driver.keys)} judging",
         "machine": _machine(),
@@ -420,7 +431,12 @@ def _named_attacks(attacks: Any) -> dict[str, AttackFn]:
         for number, attack_fn in enumerate(attacks, 1):
             name = getattr(attack_fn, "__name__", "attack")
             named[f"{name} {number}" if name in named else name] = attack_fn
-    for attack_fn in named.values():
+    for name, attack_fn in named.items():
+        if not isinstance(name, str) or name in ("", "last pass"):
+            raise ValueError(
+                f"attacks has the name {name!r}: give a text of your own, such as "
+                "{'mine': attack}."
+            )
         inputs.check_attack_fn(attack_fn)
     return named
 

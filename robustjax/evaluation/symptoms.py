@@ -141,7 +141,8 @@ def look_at_repeats(
             f"the model answers differently when asked again {how} (by "
             f"{max(again, otherwise):.2g} of the logits' range): noise, or dropout "
             "left on? Switch it off; or, if it is the defense, evaluate with "
-            "suite='rand' (EOT): else robustness is overstated."
+            "suite='rand' (EOT). Other suites follow one draw's gradient, and take "
+            "every new draw as another chance: their numbers mean little."
         )
         if again > SAME:
             message += (

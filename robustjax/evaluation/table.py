@@ -46,7 +46,7 @@ def alerts(report: "Report") -> list[tuple[str, str]]:
             found.append(
                 (
                     f"verdicts flipped{at}",
-                    "The final pass disagrees with the ledger on the examples "
+                    "The last pass classifies these broken examples correctly again: "
                     f"{listed(t.flipped)}.",
                 )
             )

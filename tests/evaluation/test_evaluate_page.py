@@ -4,7 +4,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
+from flax import nnx
 
 import robustjax as rj
 from robustjax import models
@@ -46,6 +48,63 @@ def test_flax():
     model = models.from_linen(Net())
     statistics = {"batch_stats": variables["batch_stats"]}
     evaluate(models.logits_fn(model, variables["params"], statistics))
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.dense = nnx.Linear(16, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dense(self.norm(x.reshape(len(x), -1)))
+
+
+def test_an_nnx_module_that_one_holds():
+    net = NnxNet(nnx.Rngs(0))
+    net.eval()
+    _, params, rest = nnx.split(net, nnx.Param, ...)
+    model = models.from_nnx(lambda rngs: NnxNet(rngs=rngs))
+    f = models.logits_fn(model, params, rest)
+    np.testing.assert_allclose(f(X), net(X), rtol=1e-5)
+    evaluate(f)
+    with pytest.raises(TypeError, match="Flax module NnxNet"):
+        evaluate(net)
+
+
+def test_an_adaptive_attack():
+    """A rounding defense hides its gradient; the attack goes around it."""
+
+    def quantize(x):
+        return jnp.round(x * 4) / 4
+
+    w = jax.random.normal(jax.random.key(0), (16, 3))
+
+    def classifier(x):
+        return x.reshape(len(x), -1) @ w
+
+    def f(x):
+        return classifier(quantize(x))
+
+    def surrogate(x):
+        return classifier(rj.bpda(quantize)(x))
+
+    def my_attack(key, problem):
+        softened = rj.untargeted(surrogate, problem.x, problem.y, problem.threat)
+        return rj.pgd(20)(key, softened)
+
+    y = np.asarray(jnp.argmax(f(X), -1))
+    both = {"plain": rj.pgd(20), "mine": my_attack}
+    report = rj.evaluate(
+        *(f, X, y, rj.linf(0.2)),
+        suite=None,
+        attacks=both,
+        individual=True,
+        batch_size=6,
+        checks="none",
+        progress=False,
+    )
+    mine = report.accuracy("threat", "mine")
+    assert mine < report.accuracy("threat", "plain")
 
 
 def test_equinox():

@@ -227,7 +227,8 @@ def test_the_page_tells_what_was_found():
     assert f"{100 * low:.1f} % to {100 * high:.1f} %" in text
     for part in [
         "softmax The outputs are probabilities.",
-        "verdicts flipped The final pass disagrees with the ledger on the examples 3.",
+        "verdicts flipped The last pass classifies these broken examples correctly "
+        "again: 3.",
         "unconfirmed successes",
         "Linf, epsilon 0.03137 = 8/255",
         "Might still fall 0.0 to 12.5 %",

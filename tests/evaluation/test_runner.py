@@ -171,3 +171,82 @@ def test_two_checkpoints_share_one_program():
         f = jax.tree_util.Partial(linear, w)
         rj.attack(f, ORACLE.x, ORACLE.y, rj.linf(0.01 * (seed + 1)), attack_fn)
     assert _attack_batch._cache_size() == before + 1
+
+
+LINEAR = jax.tree_util.Partial(
+    lambda w, x: x.reshape(len(x), -1) @ w, jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+)
+POINTS = np.array([[0.6, 0.5], [0.9, 0.1]], np.float32), np.array([0, 0])
+
+
+def own(attacks, **more):
+    options = {"suite": None, "checks": "none", "progress": False, "batch_size": 2}
+    return rj.evaluate(
+        LINEAR, *POINTS, rj.linf(0.1), attacks=attacks, **options, **more
+    )
+
+
+def test_a_resume_refuses_an_own_attack_that_computes_something_else(tmp_path):
+    weak, strong = (rj.pgd(1, step_size=s, random_start=False) for s in (0.01, 1.0))
+    first = own({"mine": weak}, resume=tmp_path)
+    assert first.robust_accuracy == 1.0
+    assert own({"mine": weak}, resume=tmp_path).robust_accuracy == 1.0
+    with pytest.raises(ValueError, match="'attacks': an added attack computes"):
+        own({"mine": strong}, resume=tmp_path)
+
+
+def test_own_attacks_are_looked_at_before_anything_runs():
+    """A mistake in an attack must not cost the suite that runs before it."""
+    for attack_fn, message in (
+        (lambda key, p: p.x, "returned a .*: return robustjax.Result"),
+        (
+            lambda key, p: rj.pgd(1)(key, p)._replace(x_adv=p.x[:1]),
+            "returned x_adv of shape",
+        ),
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"attacks\['bad'\]") as error:
+            own({"bad": attack_fn})
+        assert error.match(message)
+    with pytest.raises(ZeroDivisionError) as error:
+        own({"bad": lambda key, p: 1 / 0})
+    assert any("attacks['bad']" in note for note in error.value.__notes__)
+    for name in (3, "", "last pass"):
+        with pytest.raises(ValueError, match="attacks has the name"):
+            own({name: rj.pgd(1)})
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("key", jax.random.split(jax.random.key(0), 3), "one key"),
+        ("key", np.random.default_rng(0), "no JAX key"),
+        ("batch_size", None, "must be an integer"),
+        ("batch_size", 2.5, "must be an integer"),
+    ],
+    ids=["three keys", "numpy", "None", "float"],
+)
+def test_wrong_kinds_of_arguments_are_named(argument, value, message):
+    with pytest.raises((TypeError, ValueError), match=message) as error:
+        rj.evaluate(
+            LINEAR,
+            *(*POINTS, rj.linf(0.1)),
+            **{"progress": False, argument: value},
+        )
+    assert str(error.value).startswith(argument)
+
+
+def test_a_model_that_returns_more_than_logits_is_told():
+    with pytest.raises(TypeError, match="returned a tuple"):
+        rj.evaluate(lambda x: (LINEAR(x), {}), *POINTS, rj.linf(0.1))
+
+
+def test_a_damaged_ledger_is_named(tmp_path):
+    own({"mine": rj.pgd(1)}, resume=tmp_path)
+    header = next(tmp_path.rglob("header.json"))
+    group = next(tmp_path.rglob("*.npz"))
+    group.write_bytes(group.read_bytes()[:50])
+    with pytest.raises(ValueError, match=f"{group.name} is damaged"):
+        own({"mine": rj.pgd(1)}, resume=tmp_path)
+    header.write_text("{")
+    with pytest.raises(ValueError, match=r"header.json is damaged"):
+        own({"mine": rj.pgd(1)}, resume=tmp_path)
