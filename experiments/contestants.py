@@ -23,7 +23,7 @@ from robustjax.methods.eat import eat
 from robustjax.methods.fast import fast
 from robustjax.methods.free import free
 from robustjax.methods.generated import with_stream
-from robustjax.methods.gradalign import STRENGTHS, gradalign
+from robustjax.methods.gradalign import gradalign
 from robustjax.methods.gradient_penalty import gradient_penalty
 from robustjax.methods.hat import hat
 from robustjax.methods.logit_pairing import (
@@ -115,11 +115,6 @@ def plain(s: Setting) -> Method:
     return madry(s.model, s.linf, cifar_paper())
 
 
-def nearest_strength(epsilon: float) -> float:
-    """GradAlign's weight at the nearest epsilon for which its authors give one."""
-    return STRENGTHS[min(STRENGTHS, key=lambda e: abs(e / 255 - epsilon))]
-
-
 def under(schedule: Callable[[Setting], Callable]) -> Callable[[Setting], Method]:
     """PGD training against the threat of each step."""
 
@@ -191,9 +186,7 @@ CONTESTANTS: dict[str, Contestant] = {
         *(2, "near madry at a quarter of its cost, no collapse (2202.01181)"),
     ),
     "gradalign": Contestant(
-        lambda s: gradalign(
-            s.model, s.linf, strength=nearest_strength(float(s.linf.epsilon))
-        ),
+        lambda s: gradalign(s.model, s.linf),  # 0.2: theirs at 8/255
         *(4, "near madry at half its cost, no collapse (2007.02617)"),
     ),
     "alp": Contestant(

@@ -24,6 +24,7 @@ from robustjax.types import Array, LossFn
 
 # The authors' weights on CIFAR-10 by epsilon of 255 (sh/ in their repository).
 STRENGTHS = {1: 0.027, 2: 0.036, 4: 0.063, 8: 0.2, 10: 0.356, 12: 0.632, 16: 2.0}
+TINY = 1e-30  # below, a gradient is 0: its direction is not differentiated
 
 
 def gradalign(
@@ -39,8 +40,8 @@ def gradalign(
     """`mean outer(f(x_adv), y) + strength (1 - mean cos(g(x), g(x + eta)))`.
 
     `g = grad_x outer`, `eta` uniform in the ball (and not in the box), `x_adv` one step
-    of `step_size` epsilon from x along g(x), projected. Examples with a zero gradient
-    have no angle and do not count in the mean.
+    of `step_size` epsilon from x along g(x), projected. Examples with a gradient of
+    zero (no entry above 1e-30) have no angle and do not count in the mean.
 
     Args:
       model, threat: what is trained, against what.
@@ -102,13 +103,22 @@ def gradalign(
 
 
 def _cosine(a: Array, b: Array) -> tuple[Array, Array]:
-    """Cosine of two gradients of one example, and whether there is an angle."""
-    angle = (a != 0).any() & (b != 0).any()
-    a, b = (
-        jnp.where(angle, a, 1),
-        jnp.where(angle, b, 1),
-    )  # 0 would differentiate to NaN
-    unit = lambda g: g / jnp.sqrt(jnp.sum(jnp.square(g)))  # noqa: E731
+    """Cosine of two gradients of one example, and whether there is an angle.
+
+    Each is divided by its largest entry first: the squares of a confident example's
+    gradient are 0 in float32, and so would be the length that it is divided by.
+    """
+
+    def largest(g: Array) -> Array:
+        return jax.lax.stop_gradient(jnp.max(jnp.abs(g)))
+
+    angle = (largest(a) > TINY) & (largest(b) > TINY)
+
+    def unit(g: Array) -> Array:
+        g = jnp.where(angle, g, 1)  # 0 would differentiate to NaN
+        g = g / largest(g)
+        return g / jnp.sqrt(jnp.sum(jnp.square(g)))
+
     return jnp.sum(unit(a) * unit(b)), angle
 
 

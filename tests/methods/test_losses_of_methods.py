@@ -453,6 +453,25 @@ def test_gradalign_of_zero_gradients_has_no_penalty():
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
+def test_gradalign_of_confident_examples_is_finite():
+    """Gradients whose squares leave float32: of a linear net they are parallel."""
+
+    def apply(params, extra, x, *, train=False, key=None):
+        return x @ params, extra
+
+    model = Model(lambda key, x: (jnp.zeros((2, 2)), {}), apply)
+    x = jnp.array([[0.75, 0.25], [0.25, 0.75]], jnp.float32)
+    batch = Batch(x, jnp.array([0, 1]), jnp.arange(2))
+    grads = jax.jit(gradalign.gradalign(model, linf(0.01), strength=2.0).grads)
+    for margin, counted in ((1.0, 2), (40.0, 2), (60.0, 2), (80.0, 0), (200.0, 0)):
+        params = margin * jnp.array([[1.0, -1.0], [-1.0, 1.0]], jnp.float32)
+        found, aux = grads(params, {}, (), batch, jnp.int32(0), jax.random.key(0))
+        assert np.isfinite(found).all() and np.abs(found).max() < 10, margin
+        alignment = aux.metrics["alignment"]
+        assert float(alignment.count) == counted, margin
+        np.testing.assert_allclose(alignment.total, counted, rtol=1e-5)
+
+
 def balls():
     return [linf(0.04), l2(0.15), l1(0.3)]
 
