@@ -164,7 +164,8 @@ def test_dry_run_prints_what_creates_the_machine(topology, kind, image):
 
 
 def test_dry_run_of_the_rest():
-    command = dry("create", "of-a-test", "--topology", "v5e:2x2", "--nfs", "10.0.0.2:/s")[4]
+    share = ("--nfs", "10.0.0.2:/s")
+    command = dry("create", "of-a-test", "--topology", "v5e:2x2", *share)[4]
     assert "--worker=all" in command
     assert "mount -t nfs 10.0.0.2:/s /mnt/robustjax" in command[7]
     assert dry("follow", "of-a-test")[0][6] == "--worker=0"
