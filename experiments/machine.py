@@ -63,8 +63,8 @@ def started(machine: Machine) -> Iterator[None]:
 
     Call it before anything of JAX.
     """
-    parallel.initialize(machine.coordinator, machine.num_processes, machine.process_id)
-    with contextlib.ExitStack() as stack:
+    where = machine.coordinator, machine.num_processes, machine.process_id
+    with parallel.joined(*where), contextlib.ExitStack() as stack:
         if not parallel.is_writer():
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))

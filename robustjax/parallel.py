@@ -8,8 +8,11 @@ file names a mesh or a process.
 import contextlib
 import itertools
 import math
+import os
 import signal
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -76,6 +79,41 @@ def initialize(
         if coordinator is None and "coordinator_address" in str(error):
             return
         raise
+
+
+@contextlib.contextmanager
+def joined(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> Iterator[None]:
+    """`initialize`, and inside an error ends this process at once, with exit code 1.
+
+    Without it the process of an error waits for those it has lost. Where process 0 is
+    lost, JAX itself ends the others (SIGABRT, exit code 134); so it does, after
+    `LOST_AFTER` seconds, where an accelerator waits for a lost one.
+
+    Args:
+      coordinator, num_processes, process_id: see `initialize`.
+    """
+    initialize(coordinator, num_processes, process_id)
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        lost = isinstance(error, jax.errors.JaxRuntimeError)
+        print(
+            f"Process {jax.process_index()} of {jax.process_count()} stops: "
+            + ("another process was lost. " if lost else f"{type(error).__name__}. ")
+            + "The last checkpoint is intact: run the same command again, on as many "
+            "processes or fewer, and it goes on from there.",
+            file=sys.stderr,
+        )
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # the usual way out waits for all
 
 
 def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
@@ -229,6 +267,25 @@ def local(tree: PyTree) -> PyTree:
         return value
 
     return jax.tree.map(leaf, tree)
+
+
+def process_rows(batch_size: int) -> slice:
+    """Which rows of a batch this process gives, where each gives its own.
+
+    Raises:
+      ValueError: they cannot be shared out evenly.
+
+    >>> process_rows(6)
+    slice(0, 6, None)
+    """
+    count = jax.process_count()
+    if batch_size % count:
+        raise ValueError(
+            f"batch_size {batch_size} cannot be split evenly over {count} processes; "
+            f"give a multiple of {count}."
+        )
+    own = batch_size // count
+    return slice(jax.process_index() * own, (jax.process_index() + 1) * own)
 
 
 def num_processes() -> int:

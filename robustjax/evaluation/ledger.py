@@ -21,6 +21,7 @@ import numpy as np
 
 from robustjax.evaluation.driver import Outcome, Passes
 from robustjax.logging import write_json
+from robustjax.parallel import is_writer, wait_for_all
 from robustjax.types import LogitsFn, PyTree
 
 
@@ -120,7 +121,7 @@ class Ledger:
         path = folder / "header.json"
         if path.exists():
             _compare(folder, _parsed(path), header, logits)
-        else:
+        elif is_writer():
             np.save(folder / "logits.npy", logits)
             write_json(path, header)
         self.file = folder / "ledger.jsonl"
@@ -129,7 +130,8 @@ class Ledger:
         for line in whole[:ends].splitlines():
             row = json.loads(line)
             self.lines[row["group"]] = row
-        if ends < len(whole):  # cut by a kill: the next line must begin a line
+        wait_for_all("ledger was read")  # before process 0 writes on
+        if ends < len(whole) and is_writer():  # cut by a kill: a line begins a line
             with open(self.file, "r+b") as file:
                 file.truncate(ends)
 
@@ -169,6 +171,18 @@ class Ledger:
         """Write what a group gave; `points`: those of all unbroken rows too, and not
         only of those whose margin is gone, which the last pass looks at again."""
         name = f"{len(self.lines):06d}.npz"
+        row = {
+            "group": group,
+            "stage": stage,
+            "index": digest(index),
+            "examples": len(index),
+            "broken": np.asarray(index)[outcome.broken].tolist(),
+            "passes": list(outcome.passes),
+            "file": name,
+        }
+        self.lines[group] = row
+        if not is_writer():
+            return
         kept = outcome.broken | (outcome.margin <= 0) | points
         places = np.flatnonzero(kept)
         temporary = self.folder / "groups" / f"{name}.saving"
@@ -187,20 +201,10 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.folder / "groups" / name)
-        row = {
-            "group": group,
-            "stage": stage,
-            "index": digest(index),
-            "examples": len(index),
-            "broken": np.asarray(index)[outcome.broken].tolist(),
-            "passes": list(outcome.passes),
-            "file": name,
-        }
         with open(self.file, "a") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.lines[group] = row
 
 
 FIXES = {

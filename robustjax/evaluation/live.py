@@ -4,13 +4,14 @@ import sys
 import time
 
 from robustjax.logging import LiveLine, duration
+from robustjax.parallel import is_writer
 
 
 class Live:
     """The evaluation's live line: which stage, how far, how many are left, how long."""
 
     def __init__(self, progress: bool):
-        self.line = LiveLine(sys.stderr if progress else None)
+        self.line = LiveLine(sys.stderr if progress and is_writer() else None)
         self.began, self.last = time.monotonic(), ("", 0.0, 0)
 
     def stage(self, threat: str, name: str, done: int, steps: int, alive: int) -> None:

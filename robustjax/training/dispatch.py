@@ -1,5 +1,6 @@
 """One compiled program for any stretch of steps, with metrics summed on the device."""
 
+import collections
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -88,6 +89,7 @@ class Dispatcher:
         self.totals: Totals | None = None
         self.names: list[str] = []
         self.compiled: Any = None
+        self.ahead: collections.deque[Array] = collections.deque()
 
     def example(self) -> Batch:
         """A batch of zeros of the shapes to come; costs nothing inside a trace."""
@@ -122,7 +124,7 @@ class Dispatcher:
             # divide a carry that has rows.
             placed: dict[str, Any] = {}
             if self.mesh is not None:
-                placed["out_shardings"] = (self.placement, self.sharding)
+                placed["out_shardings"] = (self.placement, self.sharding, self.sharding)
             jitted = jax.jit(
                 self._run,
                 donate_argnums=(0, 1),
@@ -132,7 +134,14 @@ class Dispatcher:
             arguments = (state, self.totals, self.data, feed, *bounds)
             self.compiled = jitted.lower(*arguments).compile()
             on_compile(f"compiled in {time.monotonic() - began:.1f} s")
-        state, self.totals = self.compiled(state, self.totals, self.data, feed, *bounds)
+        state, self.totals, done = self.compiled(
+            state, self.totals, self.data, feed, *bounds
+        )
+        # The host runs at most two calls ahead of the device: who is asked to stop, or
+        # finds that something is not finite, does not find hundreds of steps queued.
+        self.ahead.append(done)
+        if len(self.ahead) > 2:
+            jax.block_until_ready(self.ahead.popleft())
         return state
 
     def peek(self) -> dict[str, float]:
@@ -198,7 +207,7 @@ class Dispatcher:
         feed: Any,
         start: Array,
         stop: Array,
-    ) -> tuple[TrainState, Totals]:
+    ) -> tuple[TrainState, Totals, Array]:
         def one(t: Array, carry: tuple[TrainState, Totals]):
             state, totals = carry
             if self.host is not None:
@@ -208,9 +217,11 @@ class Dispatcher:
             state, metrics = self.step(state, constrain_rows(batch, self.mesh))
             return state, self._added(totals, state, metrics, t)
 
-        if not self.looped:
-            return one(start, (state, totals))
-        return jax.lax.fori_loop(start, stop, one, (state, totals))
+        if self.looped:
+            state, totals = jax.lax.fori_loop(start, stop, one, (state, totals))
+        else:
+            state, totals = one(start, (state, totals))
+        return state, totals, state.step + 0
 
     def _batch(self, data: Any, index: Array, t: Array | int) -> Batch:
         own, sets = data
