@@ -6,7 +6,8 @@
 
 DIR is an image folder, DIR/{train,val}/CLASS/*.JPEG (or png, jpg, bmp). Its images are
 read and scaled by Grain's threads while the device computes; a batch follows from the
-seed and the step, so every phase goes on where it stopped. `paper` (epsilon 2/255) and
+seed and the step, so every phase goes on where it stopped, and several processes read
+their own rows of it. `paper` (epsilon 2/255) and
 `large` (4/255): ResNet-50, 6 epochs of batches of 512 at 128 pixels, 6 of 224 at 224, 3
 of 128 at 288; the rate 0 to 0.4 in an epoch, 0.04 at epoch 6, 0.004 at 12, 0.0004 at
 15; weight decay 1e-4. `small` shows that it works on any small folder: width 8, crops
@@ -27,18 +28,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import robustjax as rj
 from experiments import common, machine
 from experiments.machine import Machine
-from robustjax import data, models
+from robustjax import data, models, parallel
 from robustjax.methods.fast import fast
 from robustjax.training import monitors, optimizers
 from robustjax.training.loop import fit
 from robustjax.types import Batch
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -72,7 +73,8 @@ class Config:
     weight_decay: float = 1e-4
     """L2 penalty."""
     on_collapse: Literal["warn", "stop", "restore"] = "warn"
-    """What to do when FGSM's and PGD's accuracy on training images part."""
+    """When FGSM's and PGD's accuracy on training images part by more than 0.2: warn,
+    stop with an error, or end the phase with its best checkpoint so far."""
     num_watched: int = 200
     """How many training images are attacked for that after every epoch."""
     num_test: int = 1000
@@ -99,87 +101,38 @@ PRESETS = {
 }
 
 
-def list_images(folder: Path) -> tuple[list[tuple[Path, int]], list[str]]:
-    """The images of a folder with labels, by class and name; and the classes' names."""
-    inside = folder.iterdir() if folder.is_dir() else ()
-    names = sorted(path.name for path in inside if path.is_dir())
-    found = [
-        (path, label)
-        for label, name in enumerate(names)
-        for path in sorted((folder / name).iterdir())
-        if path.suffix.lower() in SUFFIXES
-    ]
-    if not found:
-        raise FileNotFoundError(
-            f"{folder} holds no images: --images DIR is a folder with train/CLASS/*."
-            "JPEG and val/CLASS/*.JPEG."
-        )
-    return found, names
+def cut(crop: int) -> Callable[[jax.Array, Batch], Batch]:
+    """Crop every image at a place of its own, mirror half of them; uint8 to [0, 1].
 
-
-def decode(size: int) -> Callable[[tuple[Path, int]], tuple[np.ndarray, int]]:
-    """Read an image, scale its shorter edge to `size`, cut the middle square."""
-    from PIL import Image, ImageOps
-
-    def read(example: tuple[Path, int]) -> tuple[np.ndarray, int]:
-        path, label = example
-        with Image.open(path) as image:
-            square = ImageOps.fit(image.convert("RGB"), (size, size))
-        return np.asarray(square), label
-
-    return read
-
-
-def batches(
-    images: list[tuple[Path, int]], crop: int, batch_size: int, seed: int
-) -> Callable[[int], Batch]:
-    """`step -> Batch` of random crops, half of them mirrored; steps may start anywhere.
-
-    Read ahead in the order of the steps; another step begins a new stream.
+    `fit`'s `mix`: inside the compiled step, by key and by the example's index.
     """
-    edge, ahead = crop * 5 // 4, {}
-    read = decode(edge)
 
-    def batch(step: int) -> Batch:
-        if ahead.get("step") != step:
-            if "stream" in ahead:
-                ahead["stream"].close()
-            ahead["stream"] = data.stream(
-                *(images, batch_size, seed),
-                start_step=step,
-                max_value=None,
-                transform=read,
-            )
-        found = next(ahead["stream"])
-        ahead["step"] = step + 1
-        rng = np.random.default_rng((seed, step))
-        corners = rng.integers(0, edge - crop + 1, (batch_size, 2))
-        mirrored = rng.integers(0, 2, batch_size)
-        x = np.stack(
-            [
-                image[i : i + crop, j : j + crop][:, :: 1 - 2 * mirror]
-                for image, (i, j), mirror in zip(
-                    np.asarray(found.x), corners, mirrored, strict=True
-                )
-            ]
-        )
-        return found._replace(x=_to_float(x))
+    def mix(key: jax.Array, batch: Batch) -> Batch:
+        place_key, flip_key = jax.random.split(key)
+        free = batch.x.shape[1] - crop + 1
 
-    return batch
+        def one(index: jax.Array, x: jax.Array) -> jax.Array:
+            place = jax.random.fold_in(place_key, index)
+            top, left = jax.random.randint(place, (2,), 0, free)
+            return jax.lax.dynamic_slice(x, (top, left, 0), (crop, crop, x.shape[-1]))
+
+        assert batch.index is not None  # a stream's has one
+        x = jax.vmap(one)(batch.index, batch.x)
+        x = data.random_flip(flip_key, x, batch.index)
+        return batch._replace(x=data.to_float(x, 255))
+
+    return mix
 
 
 def some_images(
-    images: list[tuple[Path, int]], crop: int, count: int
+    root: str, split: str, crop: int, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`count` images, evenly spread, scaled and cut in the middle, in [0, 1]."""
-    rows = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
-    read = decode(crop)
-    x, y = zip(*(read(images[row]) for row in rows), strict=True)
-    return _to_float(np.stack(x)), np.array(y, np.int32)
-
-
-def _to_float(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.float32) * (np.float32(1) / np.float32(255))
+    """`count` images, evenly spread over the classes, in [0, 1]; and their labels."""
+    source = data.image_folder(root, split, crop)
+    rows = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
+    x = np.stack([source[row]["image"] for row in rows])
+    y = np.array([source.labels[row] for row in rows], np.int32)
+    return np.asarray(data.to_float(jnp.asarray(x), 255)), y
 
 
 def rate(config: Config, phase: int, per_epoch: int) -> optimizers.Schedule:
@@ -203,19 +156,20 @@ def num_epochs(config: Config, phase: int) -> int:
 
 def main(config: Config) -> dict[str, Any]:
     began = common.start()
-    root = Path(config.images or "").expanduser()
     if config.images is None:
         raise FileNotFoundError(
             "--images is absent: give a folder with train/CLASS/*.JPEG and val/CLASS/"
             "*.JPEG, such as ImageNet's."
         )
-    train, names = list_images(root / "train")
-    test, test_names = list_images(root / "val")
-    if names != test_names:
+    root, shards = config.images, parallel.num_processes()
+    train, test = (data.image_folder(root, split) for split in ("train", "val"))
+    if train.classes != test.classes:
         raise ValueError(f"{root}/train and {root}/val have different classes.")
     on = config.machine
     options = {"mean": MEAN, "std": STD, **machine.net_options(on, has_blocks=False)}
-    net = models.resnet50(len(names), width=config.width, stem="imagenet", **options)
+    net = models.resnet50(
+        len(train.classes), width=config.width, stem="imagenet", **options
+    )
     model, threat = machine.net(on, net), rj.linf(config.epsilon)
     method = machine.method(on, fast(model, threat, step_size=config.step_size))
     settings, weights, trained = common.training_part(config), None, None
@@ -225,7 +179,15 @@ def main(config: Config) -> dict[str, Any]:
         per_epoch = data.steps_per_epoch(len(train), batch_size)
         num_steps = num_epochs(config, phase) * per_epoch
         print(f"phase {phase + 1}: {num_steps} steps at {crop} pixels")
-        watched = some_images(train, crop, config.num_watched)
+        watched = some_images(root, "train", crop, config.num_watched)
+        images = data.by_step(
+            data.image_folder(root, "train", crop * 5 // 4),
+            batch_size // shards,
+            config.seed + phase,
+            max_value=None,
+            shard_index=jax.process_index(),
+            shard_count=shards,
+        )
         trained = fit(
             jax.random.key(config.seed + phase),
             model,
@@ -235,7 +197,8 @@ def main(config: Config) -> dict[str, Any]:
                 nesterov=False,
                 weight_decay=config.weight_decay,
             ),
-            batches(train, crop, batch_size, config.seed + phase),
+            images,
+            mix=cut(crop),
             batch_size=batch_size,
             num_steps=num_steps,
             checkpoint_every=per_epoch,
@@ -255,7 +218,8 @@ def main(config: Config) -> dict[str, Any]:
     assert weights is not None
     report = rj.evaluate(
         models.logits_fn(model, *weights),
-        *(*some_images(test, config.crops[-1], config.num_test), threat),
+        *some_images(root, "val", config.crops[-1], config.num_test),
+        threat,
         suite=None,
         attacks={"FGSM": rj.fgsm(), "PGD-20": rj.pgd(20)},
         individual=True,
@@ -263,7 +227,7 @@ def main(config: Config) -> dict[str, Any]:
         mesh=machine.mesh(on, config.batch_sizes[-1]),
     )
     print(report)
-    used = f"{len(train):,} training images of {len(names)} classes"
+    used = f"{len(train):,} training images of {len(train.classes)} classes"
     return common.save_results(
         config.out, {**report.summary(), "config": config, "data": used}, began
     )

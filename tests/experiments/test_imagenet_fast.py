@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import imagenet_fast
-from experiments.imagenet_fast import batches, list_images, rate, some_images
+from experiments.imagenet_fast import cut, rate, some_images
+from robustjax.types import Batch
 from tests.experiments.test_experiments import quick_compilation
 
 __all__ = ["quick_compilation"]
@@ -30,41 +33,36 @@ def write_folder(root, per_class=6):
     (root / "train" / "ant" / "readme.txt").write_text("no image")
 
 
-def test_images_are_listed_by_class_and_cut_square(tmp_path):
+def test_some_images_are_spread_over_the_classes(tmp_path):
     write_folder(tmp_path)
-    images, names = list_images(tmp_path / "train")
-    assert (len(images), names) == (18, list(CLASSES))
-    x, y = some_images(images, 16, 6)
-    assert (x.shape, x.dtype, y.tolist()) == (
-        (6, 16, 16, 3),
-        np.float32,
-        [0, 0, 1, 1, 2, 2],
-    )
+    x, y = some_images(str(tmp_path), "train", 16, 6)
+    assert (x.shape, x.dtype) == ((6, 16, 16, 3), np.float32)
+    assert y.tolist() == [0, 0, 1, 1, 2, 2]
     np.testing.assert_allclose(x[:, 0, 0, 0], y * (100 / 255), atol=1e-6)
-    for folder in (tmp_path / "nowhere", tmp_path / "train" / "ant"):
-        with pytest.raises(FileNotFoundError, match="train/CLASS"):
-            list_images(folder)
 
 
-def test_a_batch_follows_from_seed_and_step(tmp_path):
-    write_folder(tmp_path)
-    images, _ = list_images(tmp_path / "train")
-    batch = batches(images, 16, 4, seed=1)
-    asked = {step: batch(step) for step in (0, 1, 2, 5)}
-    for step, found in asked.items():
-        assert found.x.shape == (4, 16, 16, 3)
-        labels = np.round(found.x[:, 0, 0, 0] * 255 / 100).astype(int)
-        assert labels.tolist() == found.y.tolist()
-        again = batches(images, 16, 4, seed=1)(step)
-        np.testing.assert_array_equal(again.x, found.x)
-        assert again.index.tolist() == found.index.tolist()
-    # A quarter of the edge is left for the crop's place, and half are mirrored.
-    edges = np.concatenate(
-        [np.abs(np.diff(b.x[:, 0, :, 2], axis=1)).argmax(1) for b in asked.values()]
-    )
-    assert len(set(edges.tolist())) > 2
-    left = np.concatenate([b.x[:, 0, 0, 2] for b in asked.values()])
-    assert {round(v) for v in left.tolist()} == {0, 1}
+def test_crops_are_parts_of_their_images_at_places_of_their_own():
+    """Each pixel tells where it was: all 4 x 4 places and both directions come."""
+    rows, edge, crop = 400, 8, 5
+    place = np.arange(edge * edge, dtype=np.uint8).reshape(edge, edge, 1)
+    x = np.tile(place, (rows, 1, 1, 3))
+    batch = Batch(x, np.zeros(rows, np.int32), np.arange(rows, dtype=np.int32))
+    cropped = jax.jit(cut(crop))(jax.random.key(0), batch)
+    assert cropped.x.dtype == jnp.float32
+    seen = set()
+    for image in np.rint(np.asarray(cropped.x) * 255).astype(int):
+        mirrored = bool(image[0, 0, 0] > image[0, 1, 0])
+        top, left = divmod(int(image[0, -1 if mirrored else 0, 0]), edge)
+        part = place[top : top + crop, left : left + crop]
+        np.testing.assert_array_equal(
+            image, np.tile(part[:, ::-1] if mirrored else part, (1, 1, 3))
+        )
+        seen.add((top, left, mirrored))
+    assert len(seen) == 4 * 4 * 2
+    # An example's crop depends on key and index, not on its company.
+    alone = jax.tree.map(lambda leaf: leaf[7:8], batch)
+    again = jax.jit(cut(crop))(jax.random.key(0), alone)
+    np.testing.assert_array_equal(again.x[0], cropped.x[7])
 
 
 def test_phases_are_the_published_ones():
