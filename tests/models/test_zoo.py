@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 from robustjax import models
+from robustjax.models.cifar_resnet import ResNet
 from robustjax.models.layers import BatchNorm, average_pool, max_pool, normalize
 
 KEY = jax.random.key(0)
@@ -23,6 +24,27 @@ def uniform(*shape, seed=0):
 def parameters(model, shape):
     params, _ = jax.eval_shape(model.init, KEY, jnp.zeros(shape))
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_the_imagenet_stem_is_the_papers():
+    """A 7 x 7 convolution with stride 2, ReLU, and the maximum over 3 x 3 by 2."""
+    form = (4, (), True, 5, (0.0,), (1.0,), 0.9, 0.0, 1, jnp.float32, "plain")
+    model = models.from_linen(ResNet(*form, stem="imagenet"))
+    x = uniform(2, 14, 14, 3)
+    params, extra = model.init(KEY, x)
+    logits, _ = model.apply(params, extra, x)
+    out = lax.conv_general_dilated(
+        *(x, params["stem"]["kernel"], (2, 2), [(3, 3), (3, 3)]),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # BatchNorm's running mean is 0 and its variance 1
+    frame = [(0, 0), (1, 1), (1, 1), (0, 0)]
+    out = jnp.pad(jnp.maximum(out, 0), frame, constant_values=-jnp.inf)
+    out = np.max([out[:, i : i + 7 : 2, j : j + 7 : 2] for i, j in np.ndindex(3, 3)], 0)
+    head = params["head"]
+    expected = out.mean((1, 2)) @ head["kernel"] + head["bias"].reshape(1, -1)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="stem='large'"):
+        models.resnet50(stem="large")
 
 
 def test_sizes_are_the_published_ones():
