@@ -161,7 +161,7 @@ def main(config: Config) -> dict[str, Any]:
             "--images is absent: give a folder with train/CLASS/*.JPEG and val/CLASS/"
             "*.JPEG, such as ImageNet's."
         )
-    root, shards = config.images, parallel.num_processes()
+    root = config.images
     train, test = (data.image_folder(root, split) for split in ("train", "val"))
     if train.classes != test.classes:
         raise ValueError(f"{root}/train and {root}/val have different classes.")
@@ -180,13 +180,15 @@ def main(config: Config) -> dict[str, Any]:
         num_steps = num_epochs(config, phase) * per_epoch
         print(f"phase {phase + 1}: {num_steps} steps at {crop} pixels")
         watched = some_images(root, "train", crop, config.num_watched)
+        ours = parallel.process_rows(batch_size)
+        count = ours.stop - ours.start
         images = data.by_step(
             data.image_folder(root, "train", crop * 5 // 4),
-            batch_size // shards,
+            count,
             config.seed + phase,
             max_value=None,
-            shard_index=jax.process_index(),
-            shard_count=shards,
+            shard_index=ours.start // count,
+            shard_count=batch_size // count,
         )
         trained = fit(
             jax.random.key(config.seed + phase),

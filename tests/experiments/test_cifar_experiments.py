@@ -25,6 +25,7 @@ from experiments import (
     recipe,
     trades_cifar,
 )
+from experiments.machine import Machine
 from robustjax import models
 from robustjax.types import Batch
 from tests.experiments.test_experiments import quick_compilation, write_images
@@ -47,6 +48,7 @@ TINY = {
     "num_attacked": 20,
     "num_monitored": 20,
     "num_test": 12,
+    "machine": Machine(num_devices=1),
 }
 NUM_TRAIN = 50_000 - 1_000
 
