@@ -76,14 +76,10 @@ def test_cycles_are_those_of_the_entry_and_seven_bodies(hlo, lib):
     )
 
 
-def products(x, k, out, stride, low, holes, dilation):
-    """Pairs of an output and a tap along one axis; those in a hole do not count."""
-    count = 0
-    for i, u in product(range(out), range(k)):
-        position = i * stride + u * dilation - low
-        inside = 0 <= position <= (x - 1) * holes
-        count += not (holes > 1 and (not inside or position % holes))
-    return count
+def products(k, out, stride, low, holes):
+    """Pairs of an output and a tap along one axis, those that meet a hole left out."""
+    pairs = product(range(out), range(k))
+    return sum((i * stride + u - low) % holes == 0 for i, u in pairs)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +89,7 @@ def products(x, k, out, stride, low, holes, dilation):
         (8, 3, 4, "size=3x3 stride=2x2 pad=1_1x1_1", 2, 1, 1),
         (4, 1, 8, "size=1x1 pad=0_1x0_1 lhs_dilate=2x2", 1, 2, 0),
         (6, 2, 5, "size=2x2", 1, 1, 0),
+        (4, 3, 8, "size=3x3 pad=1_2x1_2 lhs_dilate=2x2", 1, 2, 1),
     ],
 )
 def test_flops_of_a_convolution(hlo, x, k, out, window, stride, holes, low):
@@ -100,7 +97,7 @@ def test_flops_of_a_convolution(hlo, x, k, out, window, stride, holes, low):
     found = hlo.convolution_flops(
         (2, x, x, 3), (k, k, 3, 5), (2, out, out, 5), attributes
     )
-    along = products(x, k, out, stride, low, holes, 1)
+    along = products(k, out, stride, low, holes)
     assert found == 2 * 2 * 3 * 5 * along**2
 
 
@@ -120,6 +117,12 @@ def test_a_convolution_and_its_gradients_count_alike(hlo):
         "window={size=4x4 pad=1_0x1_0 rhs_dilate=2x2}, dim_labels=f01b_i01o->01bf",
     )
     assert forward == of_input == of_kernel == 2 * (2 * 16 * 5 * 9 * 3)
+    # A product of 12 pairs of matrices, (196 x 64) (64 x 100), as libtpu writes it.
+    batched = hlo.convolution_flops(
+        *((12, 196, 64), (12, 100, 64), (12, 196, 100)),
+        "window={size=12 stride=11 lhs_dilate=12}, dim_labels=0bf_0oi->0bf",
+    )
+    assert batched == 2 * 12 * 196 * 64 * 100
     grouped = hlo.convolution_flops(
         *((2, 8, 8, 6), (3, 3, 2, 12), (2, 8, 8, 12)),
         "window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f, "

@@ -315,8 +315,7 @@ def flops(program: Program, instruction: Instruction) -> int:
     """FLOPs of the convolutions and matrix products in one execution (2 per product).
 
     Padding counts, holes of dilation do not, so that the gradients of a convolution
-    count as much as the convolution: per spatial axis (taps x outputs), or
-    (taps x inputs) where the input is dilated.
+    count as much as the convolution.
     """
     computation = next(
         c
@@ -354,18 +353,39 @@ def convolution_flops(
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     if not labels:
         raise ValueError(f"a convolution without dim_labels: {attributes[:200]!r}.")
-    of_lhs, of_rhs, of_out = labels[1], labels[2], labels[3]
+    of_rhs, of_out = labels[2], labels[3]
     window = re.search(r"window=\{([^}]*)\}", attributes)
     fields = dict(f.split("=") for f in window[1].split()) if window else {}
-    dilation = fields.get("lhs_dilate", "").split("x")
     taps = 1
     for axis, label in enumerate(sorted(c for c in of_out if c.isdigit())):
-        holes = len(dilation) > axis and dilation[axis] not in ("", "1")
-        side = lhs[of_lhs.index(label)] if holes else out[of_out.index(label)]
-        taps *= rhs[of_rhs.index(label)] * side
+
+        def at(name: str, default: str, axis: int = axis) -> int:
+            values = fields.get(name, "").split("x")
+            value = values[axis] if fields.get(name) else default
+            return int(value.split("_")[0])
+
+        taps *= _pairs(
+            out[of_out.index(label)],
+            rhs[of_rhs.index(label)],
+            *(at("stride", "1"), at("rhs_dilate", "1"), at("pad", "0")),
+            at("lhs_dilate", "1"),
+        )
     # Groups need no care: `i` of the kernel is the size of one.
     rows = out[of_out.index("b")] * out[of_out.index("f")]
     return 2 * rows * taps * rhs[of_rhs.index("i")]
+
+
+def _pairs(out: int, taps: int, stride: int, step: int, low: int, holes: int) -> int:
+    """Outputs and taps that meet on one axis, but for those that meet a hole.
+
+    Matrix products of many pairs of matrices are written as convolutions with such
+    holes, where every output meets one tap.
+    """
+    residues: dict[int, int] = {}
+    for tap in range(taps):
+        residue = (low - tap * step) % holes
+        residues[residue] = residues.get(residue, 0) + 1
+    return sum(residues.get(i * stride % holes, 0) for i in range(out))
 
 
 def collectives(program: Program) -> list[tuple[str, int, int, str]]:
