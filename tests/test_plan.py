@@ -117,6 +117,13 @@ def test_a_convolution_and_its_gradients_count_alike(hlo):
         "window={size=4x4 pad=1_0x1_0 rhs_dilate=2x2}, dim_labels=f01b_i01o->01bf",
     )
     assert forward == of_input == of_kernel == 2 * (2 * 16 * 5 * 9 * 3)
+    # 1x1, kernel and image in each other's place.
+    swapped = hlo.convolution_flops(
+        *((160, 1, 1, 16), (8, 32, 32, 160), (8, 32, 32, 16)),
+        "window={size=32x32 pad=31_31x31_31 rhs_reversal=1x1}, "
+        "dim_labels=f01b_o01i->f01b",
+    )
+    assert swapped == 2 * 8 * 32 * 32 * 160 * 16
     # A product of 12 pairs of matrices, (196 x 64) (64 x 100), as libtpu writes it.
     batched = hlo.convolution_flops(
         *((12, 196, 64), (12, 100, 64), (12, 196, 100)),

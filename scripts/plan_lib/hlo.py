@@ -314,8 +314,9 @@ def _walk(
 def flops(program: Program, instruction: Instruction) -> int:
     """FLOPs of the convolutions and matrix products in one execution (2 per product).
 
-    Padding counts, holes of dilation do not, so that the gradients of a convolution
-    count as much as the convolution.
+    Padding counts and holes of dilation do not, and on no axis more than the product of
+    the two smallest of input, window and output: so the gradients of a convolution
+    count as much as the convolution, whichever of the three the compiler makes of what.
     """
     computation = next(
         c
@@ -353,7 +354,7 @@ def convolution_flops(
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     if not labels:
         raise ValueError(f"a convolution without dim_labels: {attributes[:200]!r}.")
-    of_rhs, of_out = labels[2], labels[3]
+    of_lhs, of_rhs, of_out = labels[1], labels[2], labels[3]
     window = re.search(r"window=\{([^}]*)\}", attributes)
     fields = dict(f.split("=") for f in window[1].split()) if window else {}
     taps = 1
@@ -364,11 +365,13 @@ def convolution_flops(
             value = values[axis] if fields.get(name) else default
             return int(value.split("_")[0])
 
-        taps *= _pairs(
-            out[of_out.index(label)],
-            rhs[of_rhs.index(label)],
-            *(at("stride", "1"), at("rhs_dilate", "1"), at("pad", "0")),
-            at("lhs_dilate", "1"),
+        size, window_size = lhs[of_lhs.index(label)], rhs[of_rhs.index(label)]
+        outputs = out[of_out.index(label)]
+        moves = (at("stride", "1"), at("rhs_dilate", "1"), at("pad", "0"))
+        taps *= min(
+            _pairs(outputs, window_size, *moves, at("lhs_dilate", "1")),
+            size * window_size,
+            size * outputs,
         )
     # Groups need no care: `i` of the kernel is the size of one.
     rows = out[of_out.index("b")] * out[of_out.index("f")]
