@@ -28,6 +28,7 @@ from robustjax.models.forms import (
 from robustjax.types import Array
 
 Convolution = Literal["auto", "plain", "canonical"]
+LANES = 128  # of a TPU's registers and matrix units
 
 
 def has_own_rule(convolution: Convolution) -> bool:
@@ -105,7 +106,15 @@ def _convolution(x: Array, kernel: Array, geometry: Geometry) -> Array:
 
 
 def _convolution_forward(x: Array, kernel: Array, geometry: Geometry):
-    return _convolution(x, kernel, geometry), (x, kernel)
+    # Here and not in `_convolution`, which who reads a net's graph finds undivided.
+    def for_tpu(x: Array, kernel: Array) -> Array:
+        return direct(x, packed(kernel), geometry)
+
+    def default(x: Array, kernel: Array) -> Array:
+        return _convolution(x, kernel, geometry)
+
+    out = lax.platform_dependent(x, kernel, tpu=for_tpu, default=default)
+    return out, (x, kernel)
 
 
 def _convolution_backward(
@@ -122,7 +131,7 @@ def _convolution_backward(
         return lax.platform_dependent(*residuals, g, default=default, **rules)
 
     def for_tpu(x: Array, kernel: Array, g: Array) -> Array:
-        return by_turned_kernel(kernel, g, geometry)
+        return tpu_input_gradient(kernel, g, geometry)
 
     is_dense = geometry.strides == (1, 1)
     return (
@@ -137,14 +146,35 @@ def _convolution_backward(
     )
 
 
-def by_turned_kernel(kernel: Array, g: Array, geometry: Geometry) -> Array:
+_convolution.defvjp(_convolution_forward, _convolution_backward)
+
+
+def packed(kernel: Array) -> Array:
+    """The same kernel, written out as a matrix of rows (taps x channels), for TPUs.
+
+    Left to itself the compiler lays a kernel, or that of its input gradient, with the
+    channels that are summed over in the lanes, and pads 160 of them to 256. The matrix
+    is written once, before an attack's loop. Multiples of 128 need no padding.
+
+    Args:
+        kernel: `[h, w, C, O]`.
+
+    >>> packed(jnp.ones((3, 3, 2, 5))).shape
+    (3, 3, 2, 5)
+    """
+    if kernel.shape[2] % LANES == 0:
+        return kernel
+    matrix = kernel.reshape(-1, kernel.shape[3])
+    return lax.optimization_barrier(matrix).reshape(kernel.shape)
+
+
+def tpu_input_gradient(kernel: Array, g: Array, geometry: Geometry) -> Array:
     """Input gradient of a convolution without strides, in the form for TPUs.
 
-    The cotangent against the kernel turned by 180 degrees, its channels swapped. As JAX
-    writes it, the compiler reads the kernel as it lies, output channels in the lanes,
-    and pads 160 of them to 256. Written out as a matrix of rows (taps x channels) it is
-    packed, once before an attack's loop: by the compiler's estimate 55,132 instead of
-    79,708 cycles (v5e, 8 images of 32 x 32 x 160, bfloat16; docs/plan.md).
+    The cotangent against the kernel turned by 180 degrees, its channels swapped and
+    packed. The barrier before the cotangent keeps the compiler from computing the
+    convolution that made it once more inside of this one: for 128 images that took four
+    times as long as the two in turn (docs/plan.md).
 
     Args:
         kernel: `[h, w, C, O]`.
@@ -155,23 +185,17 @@ def by_turned_kernel(kernel: Array, g: Array, geometry: Geometry) -> Array:
         `[B, H, W, C]`.
 
     >>> import jax.numpy as jnp
-    >>> geometry = Geometry(padding=((1, 1), (1, 1)))
-    >>> by_turned_kernel(jnp.ones((3, 3, 2, 5)), jnp.ones((1, 4, 4, 5)), geometry).shape
+    >>> kernel, g = jnp.ones((3, 3, 2, 5)), jnp.ones((1, 4, 4, 5))
+    >>> tpu_input_gradient(kernel, g, Geometry(padding=((1, 1), (1, 1)))).shape
     (1, 4, 4, 2)
     """
-    height, width, channels, features = kernel.shape
-    turned = jnp.transpose(jnp.flip(kernel, (0, 1)), (0, 1, 3, 2))
-    rows = lax.optimization_barrier(turned.reshape(-1, channels))
-    turned = rows.reshape(height, width, features, channels)
+    turned = packed(jnp.transpose(jnp.flip(kernel, (0, 1)), (0, 1, 3, 2)))
     pads = [
         (size - 1 - low, size - 1 - high)
-        for size, (low, high) in zip((height, width), geometry.padding, strict=True)
+        for size, (low, high) in zip(kernel.shape[:2], geometry.padding, strict=True)
     ]
     backward = Geometry(padding=(pads[0], pads[1]), precision=geometry.precision)
-    return direct(g, turned, backward)
-
-
-_convolution.defvjp(_convolution_forward, _convolution_backward)
+    return direct(lax.optimization_barrier(g), turned, backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

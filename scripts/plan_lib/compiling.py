@@ -72,9 +72,12 @@ def compile_job(job: dict[str, Any], label: str, show: Any = sys.stderr) -> Path
 
 
 def _reason(log: Path, label: str, code: int) -> str:
-    lines = [line.strip() for line in log.read_text().splitlines() if line.strip()]
-    # Out of memory has an error of many lines, of which the first says it.
-    telling = [n for n in lines if "RESOURCE_EXHAUSTED" in n] or lines[-1:]
+    lines = [line.strip() for line in log.read_text().splitlines()]
+    # Out of memory has an error of many lines, of which the first says it; below an
+    # exception of another kind JAX may tell of tracebacks.
+    telling = [n for n in lines if "RESOURCE_EXHAUSTED" in n] or [
+        n for n in lines if n.strip("-") and not n.startswith("For simplicity, JAX")
+    ][-1:]
     cause = telling[0] if telling else f"exit code {code}"
     return f"{label}: {cause[:600]}\n(everything that was said: {log})"
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from jax import lax
 
 from robustjax.models.convolution import (
-    by_turned_kernel,
     canonical_convolution,
     conv2d,
     has_own_rule,
+    tpu_input_gradient,
 )
 from robustjax.models.forms import DIMENSIONS, Geometry, direct
 
@@ -211,13 +211,14 @@ def test_the_rule_for_tpus_is_the_gradient(pads):
         kernel = jax.random.normal(jax.random.key(1), (3, 2, 5, 4), jnp.float64)
         out, pull = jax.vjp(lambda x: direct(x, kernel, geometry), x)
         g = jax.random.normal(jax.random.key(2), out.shape, jnp.float64)
-        found = by_turned_kernel(kernel, g, geometry)
+        found = tpu_input_gradient(kernel, g, geometry)
         np.testing.assert_allclose(found, pull(g)[0], rtol=1e-12, atol=1e-12)
 
 
-def test_programs_for_tpus_turn_the_kernel_and_others_do_not():
+def test_programs_for_tpus_pack_kernels_and_others_do_not():
     x, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 3))
-    gradient = jax.jit(jax.grad(lambda x, k: jnp.sum(conv2d(x, k))))
-    for platform, barriers in (("tpu", 1), ("cuda", 0)):
+    gradient = jax.jit(jax.value_and_grad(lambda x, k: jnp.sum(conv2d(x, k))))
+    # Both kernels and the cotangent.
+    for platform, barriers in (("tpu", 3), ("cuda", 0)):
         text = gradient.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
         assert text.count("optimization_barrier") == barriers, platform
