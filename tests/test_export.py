@@ -218,8 +218,8 @@ def gradients(model, shape):
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_convolutions_take_the_form_of_the_platform_they_are_lowered_for(platform):
-    """On this machine, which is a CPU: barriers keep the canonical form apart; on TPU, of
-    each of the two convolutions, its kernel, the turned kernel and the cotangent."""
+    """On this machine, which is a CPU: barriers keep the canonical form apart; on TPU,
+    of both convolutions, kernel, turned kernel and cotangent."""
     words = ("auto", "canonical" if platform == "cpu" else "plain")
     texts = []
     for convolution in words:
