@@ -287,6 +287,8 @@ def test_loops_of_another_length_are_refused(main):
     "arguments, installed, message",
     [
         (["madry_cifar"], False, "scripts/setup tpu"),
+        (["no_such"], True, "there is no experiments/no_such.py"),
+        (["quickstart"], True, "no function `workload(config)`"),
         (["madry_cifar", "--topology", "h100:8"], True, "Known: v5e, v5p, v6e, v4"),
         (
             ["madry_cifar", "--topology", "v5e:axb"],
@@ -301,6 +303,14 @@ def test_errors_say_what_to_do(
     monkeypatch.setattr(main, "compiler_is_there", lambda: installed)
     assert main.main(arguments) == 1
     assert message in capsys.readouterr().err
+
+
+def test_tables_show_the_chips_that_are_asked_for(main):
+    options = main.arguments(["madry_cifar", "--chips", "256", "16"])
+    assert main.counts(options, 256) == [16, 256]
+    with pytest.raises(ValueError, match="--chips 256: v5e:16x16 has 1 to 64"):
+        main.counts(options, 64)
+    assert main.counts(main.arguments(["madry_cifar"]), 8) == [1, 2, 4, 8]
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ follow after `--`. docs/plan.md explains the figures.
 """
 
 import argparse
+import gzip
+import importlib
 import json
 import sys
 import time
@@ -15,7 +17,13 @@ from typing import Any
 
 import hlo
 from chips import CHIPS, alone, chip_of
-from compiling import MISSING, CompileError, compile_job, compiler_is_there
+from compiling import (
+    MISSING,
+    ROOT,
+    CompileError,
+    compile_job,
+    compiler_is_there,
+)
 from cost import Cost, cost_of, efficiency, point, utilization
 from report import markdown
 
@@ -39,6 +47,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--programs", nargs="+", default=PROGRAMS, choices=PROGRAMS)
     add("--global-batch", type=int, help="of strong scaling; default: the experiment's")
     add("--tables", nargs="*", default=("weak", "strong"), choices=("weak", "strong"))
+    add("--chips", type=int, nargs="+", help="rows of the tables; default: powers of 2")
     add("--search", action="store_true", help="try batches per chip and microbatches")
     add("--search-batches", type=int, nargs="+", default=(8, 16, 32, 64, 128, 256))
     add("--option", action="append", default=[], help="compiler option NAME=VALUE")
@@ -118,8 +127,6 @@ def read_plan(folder: Path, pieces: int) -> dict[str, Any]:
       hlo.UnknownTripCount: a loop does not tell its trips, or none of them has the
         attack's number of steps.
     """
-    import gzip
-
     figures = json.loads((folder / "figures.json").read_text())
     with gzip.open(folder / "program.hlo.gz", "rt") as file:
         cost = cost_of(file.read())
@@ -185,6 +192,15 @@ def device_count(topology: str) -> int:
     return count * (2 if generation == "v4" else 1)
 
 
+def counts(options: argparse.Namespace, devices: int) -> list[int]:
+    """The numbers of chips that the tables show."""
+    if not options.chips:
+        return powers(devices)
+    if bad := [n for n in options.chips if not 1 <= n <= devices]:
+        raise ValueError(f"--chips {bad[0]}: {options.topology} has 1 to {devices}.")
+    return sorted(options.chips)
+
+
 def weak_table(planner: Planner, per_device: int, pieces: int) -> list[dict[str, Any]]:
     topology = planner.options.topology
     one = planner.program("step", alone(topology), per_device, pieces)
@@ -192,7 +208,7 @@ def weak_table(planner: Planner, per_device: int, pieces: int) -> list[dict[str,
     chip = planner.chip
     first = point(1, per_device, one["cost"], chip)
     rows = []
-    for n in powers(device_count(topology)):
+    for n in counts(planner.options, device_count(topology)):
         row = first if n == 1 else point(n, per_device, pod["cost"], chip)
         plain, overlap = efficiency(first, row)
         rows.append({**row._asdict(), "efficiency": plain, "with_overlap": overlap})
@@ -202,9 +218,8 @@ def weak_table(planner: Planner, per_device: int, pieces: int) -> list[dict[str,
 def strong_table(planner: Planner, batch: int) -> list[dict[str, Any]]:
     """From the fewest chips with at most 128 rows each to all of them."""
     topology, chip = planner.options.topology, planner.chip
-    devices = device_count(topology)
     rows, first = [], None
-    for n in powers(devices):
+    for n in counts(planner.options, device_count(topology)):
         per_device, left = divmod(batch, n)
         if left or per_device > 128 or not per_device:
             continue
@@ -244,6 +259,7 @@ def main(argv: list[str]) -> int:
         devices = device_count(options.topology)
         if not compiler_is_there():
             raise ValueError(MISSING)
+        check_flags(options)
         plan = make(planner, options, devices)
     except (ValueError, CompileError) as error:
         print(f"plan_pod: error: {error}", file=sys.stderr)
@@ -255,6 +271,22 @@ def main(argv: list[str]) -> int:
     print(text)
     print(f"{options.out}/plan.md, plan.json", file=sys.stderr)
     return 0
+
+
+def check_flags(options: argparse.Namespace) -> None:
+    """Read the experiment's flags here already, where its messages are seen."""
+    sys.path.insert(0, str(ROOT))
+    name = options.experiment
+    if not (ROOT / "experiments" / f"{name}.py").exists():
+        raise ValueError(f"experiment={name!r}: there is no experiments/{name}.py.")
+    module = importlib.import_module(f"experiments.{name}")
+    if not hasattr(module, "workload"):
+        raise ValueError(
+            f"experiments/{name}.py has no function `workload(config)`, which says "
+            "what it trains, without its data; experiments/madry_cifar.py has one."
+        )
+    common = importlib.import_module("experiments.common")
+    common.parse(module.PRESETS, module.__doc__, options.flags)
 
 
 def make(planner: Planner, options: argparse.Namespace, devices: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from jax.experimental import topologies
 from robustjax import models, parallel
 from robustjax.methods.microbatch import microbatches
 from robustjax.problems import predictions, untargeted
-from robustjax.training.state import create_state
+from robustjax.training.state import create_state, placement, sharing
 from robustjax.training.step import make_train_step
 from robustjax.types import Batch
 
@@ -31,51 +31,61 @@ PROGRAMS = ("step", "attack", "evaluation")
 TEXT, FIGURES = "program.hlo.gz", "figures.json"
 
 
-def read_workload(experiment: str, flags: list[str]) -> Any:
-    """The experiment's `workload` for these flags."""
+def read_workload(experiment: str, flags: list[str]) -> tuple[Any, bool]:
+    """The experiment's `workload` for these flags; whether devices share weights."""
     module = importlib.import_module(f"experiments.{experiment}")
-    if not hasattr(module, "workload"):
-        raise SystemExit(
-            f"experiments/{experiment}.py has no function `workload(config)`, which "
-            "says what it trains, without its data; experiments/madry_cifar.py has one."
-        )
-    from experiments import common
+    from experiments import common, machine
 
     config = common.parse(module.PRESETS, module.__doc__, flags)
-    return module.workload(config)
+    return module.workload(config), machine.of(config).shard_params
 
 
-def lowered(workload: Any, program: str, topology: str, per_device: int, pieces: int):
-    """The program, lowered for all devices of the topology: rows are split over them,
-    everything else is on each."""
+def lowered(
+    workload: Any,
+    shared: bool,
+    program: str,
+    topology: str,
+    per_device: int,
+    pieces: int,
+):
+    """The program, lowered for all devices of the topology, placed as `fit` does it:
+    rows are split over them, weights too if `shared`, everything else is on each."""
     devices = topologies.get_topology_desc(topology, "tpu").devices
     mesh = parallel.data_mesh(devices)
     whole, rows = parallel.replicated(mesh), parallel.split_rows(mesh)
     method = workload.method
     if pieces > 1:
         method = microbatches(method, pieces)
+    shared = shared and len(devices) > 1
+    if shared:
+        method = sharing(method, mesh)
 
     def batch_of(count: int) -> Batch:
         label = jax.ShapeDtypeStruct((count,), jnp.int32)
         x = jax.ShapeDtypeStruct((count, *workload.shape), jnp.float32)
         return Batch(x, label, label)
 
-    def placed(tree: Any, sharding: Any) -> Any:
-        return jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree
-        )
+    def placed(tree: Any, where: Any) -> Any:
+        def leaf(s: Any, at: Any) -> Any:
+            return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at)
+
+        return jax.tree.map(leaf, tree, where)
 
     def fresh(key: Any, batch: Batch):
         ema = workload.ema_decay is not None
         return create_state(key, workload.model, method, workload.tx, batch, ema=ema)
 
     example = batch_of(per_device)
-    state = placed(jax.eval_shape(fresh, jax.random.key(0), example), whole)
-    batch = placed(batch_of(per_device * len(devices)), rows)
+    shapes = jax.eval_shape(fresh, jax.random.key(0), example)
+    lies = placement(shapes, mesh, shared)
+    state = placed(shapes, lies)
+    full = batch_of(per_device * len(devices))
+    batch = placed(full, jax.tree.map(lambda _: rows, full))
 
     if program == "step":
         step = make_train_step(method, workload.tx, workload.ema_decay)
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=whole)
+        out = (lies, whole)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
         return jitted.lower(state, batch)
 
     def attack(state: Any, batch: Batch):
@@ -108,9 +118,9 @@ def main() -> None:
 
 
 def run(job: dict[str, Any]) -> Path:
-    workload = read_workload(job["experiment"], job["flags"])
+    workload, shared = read_workload(job["experiment"], job["flags"])
     sizes = (job["topology"], job["per_device"], job["pieces"])
-    low = lowered(workload, job["program"], *sizes)
+    low = lowered(workload, shared, job["program"], *sizes)
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
     folder = Path(job["cache"]) / cache_key(low.as_text(), job, versions)
     if (folder / FIGURES).exists():
