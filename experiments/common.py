@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -181,6 +182,13 @@ def build_model(
         nets = {"madry_mnist": models.madry_mnist, "small_cnn": models.small_cnn}
         found = nets[name](num_classes, **more)
     return machine.net(on, found)
+
+
+def labeled(f: rj.LogitsFn, rows: data.Resident) -> data.Resident:
+    """The images with a net's predictions as labels (self-training)."""
+    predict = jax.jit(lambda f, x: rj.predictions(f(data.to_float(x, rows.scale))))
+    parts = [predict(f, rows.x[i : i + 500]) for i in range(0, len(rows.x), 500)]
+    return rows._replace(y=jnp.concatenate(parts).astype(rows.y.dtype))
 
 
 def learning_rate(name: str, peak: float, num_steps: int) -> optimizers.Schedule:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import robustjax as rj
@@ -214,7 +213,9 @@ def train(
         if one.stream:
             assert helper is not None
             own //= 2
-            streams = {"generated": (labeled(helper, rest), recipe.batch_size - own)}
+            streams = {
+                "generated": (common.labeled(helper, rest), recipe.batch_size - own)
+            }
     method = monitors.with_norms(one.build(setting))
     repeats = method.repeats
     steps = num_updates // repeats
@@ -256,13 +257,6 @@ def train(
         },
     )
     return fitted[name, seed]
-
-
-def labeled(helper: rj.LogitsFn, rows: data.Resident) -> data.Resident:
-    """The images with the helper's predictions as labels."""
-    predict = jax.jit(lambda f, x: rj.predictions(f(data.to_float(x, rows.scale))))
-    parts = [predict(helper, rows.x[i : i + 500]) for i in range(0, len(rows.x), 500)]
-    return rows._replace(y=jnp.concatenate(parts).astype(rows.y.dtype))
 
 
 def watch(watched: monitors.Monitor) -> Callable[[Any, Any], dict[str, float]]:

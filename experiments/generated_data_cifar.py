@@ -25,8 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 import robustjax as rj
@@ -135,16 +133,10 @@ def label(config: Config, ready: Prepared) -> tuple[Prepared, data.Resident, flo
     teacher = recipe.standard_net(
         config.recipe, ready, "teacher", config.teacher_epochs
     )
-
-    @jax.jit
-    def predict(teacher: Any, x: jax.Array) -> jax.Array:
-        return jnp.argmax(teacher(data.to_float(x, scale)), -1).astype(jnp.int32)
-
-    parts = [predict(teacher, x_held[i : i + 500]) for i in range(0, len(x_held), 500)]
-    labels = np.concatenate([np.asarray(part) for part in parts])
-    right = float((labels == y_held).mean())
-    print(f"{len(labels):,} images labeled by the teacher, {right:.3f} of them rightly")
-    return ready, data.resident(x_held, labels, scale), right
+    held = common.labeled(teacher, data.resident(x_held, y_held, scale))
+    right = float((np.asarray(held.y) == y_held).mean())
+    print(f"{len(y_held):,} images labeled by the teacher, {right:.3f} of them rightly")
+    return ready, held, right
 
 
 def main(config: Config) -> dict[str, Any]:

@@ -35,6 +35,7 @@ import robustjax as rj
 from experiments import common, machine
 from experiments.machine import Machine
 from robustjax import data, models, parallel
+from robustjax.data.folder import ImageFolder
 from robustjax.methods.fast import fast
 from robustjax.training import monitors, optimizers
 from robustjax.training.loop import fit
@@ -124,6 +125,38 @@ def cut(crop: int) -> Callable[[jax.Array, Batch], Batch]:
     return mix
 
 
+def opened(root: str | None) -> ImageFolder:
+    """The training images of a folder.
+
+    Raises:
+      FileNotFoundError: there is no folder, or a split is missing.
+      ValueError: its splits have different classes.
+    """
+    if root is None:
+        raise FileNotFoundError(
+            "--images is absent: give a folder with train/CLASS/*.JPEG and val/CLASS/"
+            "*.JPEG, such as ImageNet's."
+        )
+    train, test = (data.image_folder(root, split) for split in ("train", "val"))
+    if train.classes != test.classes:
+        raise ValueError(f"{root}/train and {root}/val have different classes.")
+    return train
+
+
+def batches(root: str, crop: int, batch_size: int, seed: int) -> Callable[[int], Batch]:
+    """What `fit` trains on: this process's rows, scaled to 5/4 of the crop, uint8."""
+    ours = parallel.process_rows(batch_size)
+    count = ours.stop - ours.start
+    return data.by_step(
+        data.image_folder(root, "train", crop * 5 // 4),
+        count,
+        seed,
+        max_value=None,
+        shard_index=ours.start // count,
+        shard_count=batch_size // count,
+    )
+
+
 def some_images(
     root: str, split: str, crop: int, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -156,15 +189,7 @@ def num_epochs(config: Config, phase: int) -> int:
 
 def main(config: Config) -> dict[str, Any]:
     began = common.start()
-    if config.images is None:
-        raise FileNotFoundError(
-            "--images is absent: give a folder with train/CLASS/*.JPEG and val/CLASS/"
-            "*.JPEG, such as ImageNet's."
-        )
-    root = config.images
-    train, test = (data.image_folder(root, split) for split in ("train", "val"))
-    if train.classes != test.classes:
-        raise ValueError(f"{root}/train and {root}/val have different classes.")
+    train, root = opened(config.images), str(config.images)
     on = config.machine
     options = {"mean": MEAN, "std": STD, **machine.net_options(on, has_blocks=False)}
     net = models.resnet50(
@@ -180,16 +205,6 @@ def main(config: Config) -> dict[str, Any]:
         num_steps = num_epochs(config, phase) * per_epoch
         print(f"phase {phase + 1}: {num_steps} steps at {crop} pixels")
         watched = some_images(root, "train", crop, config.num_watched)
-        ours = parallel.process_rows(batch_size)
-        count = ours.stop - ours.start
-        images = data.by_step(
-            data.image_folder(root, "train", crop * 5 // 4),
-            count,
-            config.seed + phase,
-            max_value=None,
-            shard_index=ours.start // count,
-            shard_count=batch_size // count,
-        )
         trained = fit(
             jax.random.key(config.seed + phase),
             model,
@@ -199,7 +214,7 @@ def main(config: Config) -> dict[str, Any]:
                 nesterov=False,
                 weight_decay=config.weight_decay,
             ),
-            images,
+            batches(root, crop, batch_size, config.seed + phase),
             mix=cut(crop),
             batch_size=batch_size,
             num_steps=num_steps,

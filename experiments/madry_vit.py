@@ -22,9 +22,9 @@ import jax
 
 import robustjax as rj
 from experiments import common, machine
-from experiments.imagenet_fast import cut, some_images
+from experiments.imagenet_fast import batches, cut, opened, some_images
 from experiments.machine import Machine
-from robustjax import data, models, parallel
+from robustjax import data, models
 from robustjax.methods.madry import madry
 from robustjax.training import optimizers
 from robustjax.training.loop import fit
@@ -123,32 +123,17 @@ def workload(
 
 def main(config: Config) -> dict[str, Any]:
     began = common.start()
-    if config.images is None:
-        raise FileNotFoundError(
-            "--images is absent: give a folder with train/CLASS/*.JPEG and val/CLASS/"
-            "*.JPEG, such as ImageNet's."
-        )
-    root, on = config.images, config.machine
-    source = data.image_folder(root, "train", config.crop * 5 // 4)
-    if source.classes != data.image_folder(root, "val").classes:
-        raise ValueError(f"{root}/train and {root}/val have different classes.")
+    source, root = opened(config.images), str(config.images)
+    on = config.machine
     made = workload(config, len(source), len(source.classes))
     options = machine.fit_options(on, config.batch_size)
-    ours = parallel.process_rows(config.batch_size)
-    count = ours.stop - ours.start
-    images = data.by_step(
-        *(source, count, config.seed),
-        max_value=None,
-        shard_index=ours.start // count,
-        shard_count=config.batch_size // count,
-    )
     held_out = some_images(root, "val", config.crop, config.num_validation)
     trained = fit(
         jax.random.key(config.seed),
         made.model,
         machine.method(on, made.method),
         made.tx,
-        images,
+        batches(root, config.crop, config.batch_size, config.seed),
         mix=cut(config.crop),
         batch_size=config.batch_size,
         num_steps=made.num_steps,

@@ -18,16 +18,31 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 EVERY, FAST_STEPS, STEPS = 25, 100, 300
 TIMES = ("seconds", "images_per_second")
+
+
+def state_hash(result: Any) -> str:
+    """Of all that a training ends with (a `FitResult`), to the bit."""
+    import jax
+    import jax.numpy as jnp
+
+    from robustjax.parallel import fetch
+
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves((result.state, result.params, result.extra)):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        digest.update(fetch(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def train(out: Path, fast: bool) -> None:
     """The training that is killed; ends by writing the hash of its final state."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     from robustjax.attacks.base import last
     from robustjax.attacks.pgd import pgd
@@ -69,12 +84,7 @@ def train(out: Path, fast: bool) -> None:
         out=out,
         config={"model": "mlp" if fast else "small_cnn"},
     )
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves((result.state, result.params, result.extra)):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        digest.update(np.asarray(leaf).tobytes())
-    numbers = {"sha256": digest.hexdigest(), "best": result.metrics}
+    numbers = {"sha256": state_hash(result), "best": result.metrics}
     (out / "final.json").write_text(json.dumps(numbers))
 
 

@@ -285,8 +285,8 @@ def check_logits(logits: Any, y: np.ndarray, count: int) -> None:
 def warn(flags: list[Flag]) -> None:
     """Say each flag loudly, as a `ModelWarning`."""
     for flag in flags:
-        # 4: warn, the findings' add, evaluate (or _examine within it), its caller.
-        warnings.warn(f"{flag.name}: {flag.message}", ModelWarning, stacklevel=4)
+        # The line of who called `evaluate`, which calls this.
+        warnings.warn(f"{flag.name}: {flag.message}", ModelWarning, stacklevel=3)
 
 
 def warn_of_width(threat: ThreatModel) -> None:

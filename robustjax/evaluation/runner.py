@@ -51,12 +51,12 @@ class _Findings(NamedTuple):
     measured: dict[str, Any]
     passes: int
 
-    def add(self, news: Sequence[inputs.Flag]) -> None:
-        """Warn of what is new and keep it."""
+    def keep(self, news: Sequence[inputs.Flag]) -> list[inputs.Flag]:
+        """Keep what has a new name, and return it, to be warned of."""
         known = {flag.name for flag in self.flags}
         news = [flag for flag in news if flag.name not in known]
-        inputs.warn(news)
         self.flags.extend(news)
+        return news
 
 
 class _Task(NamedTuple):
@@ -188,6 +188,7 @@ def evaluate(
     found = _Findings([], {}, 0)
     if checks != "none":
         found = _examine(task, named, checks == "full", key_checks, features_fn)
+        inputs.warn(found.flags)
     random = suite_name == "rand" or any(flag.name == "random" for flag in found.flags)
     if random:
         keys = jax.random.split(key_judge, NUM_PASSES)
@@ -199,7 +200,8 @@ def evaluate(
         reports[name], correct, news = _under(task, name, t, prefix)
         passes.append(correct)
         skipped = task.individual or checks == "none"
-        found.add([n for n in news if not skipped or n.name == OUTSIDE])
+        wanted = [n for n in news if not skipped or n.name == OUTSIDE]
+        inputs.warn(found.keep(wanted))
         task.live.note(f"{name}: {reports[name].robust_accuracy:.4f} robust")
     config = {
         "suite": suite_name,
@@ -282,7 +284,7 @@ def _examine(
         if task.suite_name == "rand":  # what the others are warned of is wanted here
             raised = [r for r in raised if r.name != "random"]
         found.measured.update({prefix + check: s for check, s in seen.items()})
-        found.add([r._replace(message=prefix + r.message) for r in raised])
+        found.keep([r._replace(message=prefix + r.message) for r in raised])
     return found
 
 

@@ -42,8 +42,8 @@ def wide_resnet(
         batch_groups: ghost BatchNorm groups; must divide the batch.
         momentum: weight of BatchNorm's old running statistics.
         tiny: BatchNorm's addition to the variance.
-        remat: compute a block's activations again in the backward pass: less memory,
-            a third more time.
+        remat: compute a block's activations again in the backward pass: less memory
+            for one more forward pass.
         dtype: of the computation; weights, statistics and logits are float32.
         convolution: "auto", "plain" (needed for forward mode) or "canonical".
 

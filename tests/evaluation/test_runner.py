@@ -250,3 +250,13 @@ def test_a_damaged_ledger_is_named(tmp_path):
     header.write_text("{")
     with pytest.raises(ValueError, match=r"header.json is damaged"):
         own({"mine": rj.pgd(1)}, resume=tmp_path)
+
+
+def test_a_warning_points_at_the_line_that_evaluates():
+    def probabilities(x):
+        return jax.nn.softmax(LINEAR(x))
+
+    options = {"suite": None, "attacks": {"mine": rj.pgd(1)}, "progress": False}
+    with pytest.warns(rj.ModelWarning, match="probabilities") as seen:
+        rj.evaluate(probabilities, *POINTS, rj.linf(0.1), batch_size=2, **options)
+    assert {warning.filename for warning in seen} == {__file__}
