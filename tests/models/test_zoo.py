@@ -10,7 +10,13 @@ from jax import lax
 
 from robustjax import models
 from robustjax.models.cifar_resnet import ResNet
-from robustjax.models.layers import BatchNorm, average_pool, max_pool, normalize
+from robustjax.models.layers import (
+    BatchNorm,
+    _normalize_batch,
+    average_pool,
+    max_pool,
+    normalize,
+)
 
 KEY = jax.random.key(0)
 # Compiling is what takes the time here.
@@ -142,6 +148,41 @@ def test_batch_norm_follows_its_definition():
         (x - stats["mean"]) / np.sqrt(stats["var"] + 1e-5) * scale + bias,
         atol=1e-4,
     )
+
+
+def test_batch_norms_rule_is_the_derivative_of_its_definition():
+    with jax.enable_x64():
+        x, weight = (jnp.asarray(uniform(2, 6, 5, seed=i), float) for i in (0, 1))
+        args = x, *(jnp.asarray(uniform(5, seed=i), float) for i in (2, 3))
+
+        def ours(x, scale, bias):
+            return _normalize_batch(x, scale, bias, 1e-5)
+
+        def definition(x, scale, bias):
+            mean, var = x.mean(1), x.var(1)
+            out = (x - mean[:, None]) / jnp.sqrt(var[:, None] + 1e-5)
+            return out * scale[None, None] + bias[None, None], mean, var
+
+        def first(f):
+            def loss(*args):
+                out, mean, var = f(*args)
+                return jnp.sum(weight * out**2) + jnp.sum(mean**2) + jnp.sum(var**3)
+
+            return jax.grad(loss, (0, 1, 2))
+
+        def second(f):
+            def penalty(*args):
+                return sum(jnp.sum(g**2) for g in first(f)(*args))
+
+            return jax.grad(penalty, (0, 1, 2))
+
+        def forward(f):
+            return lambda *args: jax.jvp(f, args, (weight, args[2], args[1]))
+
+        for derivative in (first, second, forward):
+            got, wanted = (jax.jit(derivative(f))(*args) for f in (ours, definition))
+            for a, b in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_pooling_agrees_with_reduce_window_and_shares_ties():
