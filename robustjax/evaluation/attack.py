@@ -12,7 +12,7 @@ import numpy as np
 from robustjax.attacks.base import AttackFn, Result
 from robustjax.attacks.pgd import pgd
 from robustjax.evaluation import checks as inputs
-from robustjax.evaluation.driver import pad
+from robustjax.evaluation.judge import pad
 from robustjax.evaluation.prepare import batches, of_rows, prepare_model
 from robustjax.losses import cross_entropy
 from robustjax.problems import untargeted

@@ -1,5 +1,6 @@
 """What an evaluation knows of every example under one threat model, stage by stage."""
 
+import functools
 import time
 import zlib
 from collections.abc import Callable
@@ -8,15 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from robustjax.evaluation.driver import (
-    Driver,
-    Outcome,
-    Passes,
-    Rows,
-    Stage,
-    drive,
-)
+from robustjax.evaluation.driver import drive
+from robustjax.evaluation.judge import Driver
 from robustjax.evaluation.ledger import Ledger
+from robustjax.evaluation.stage import Outcome, Passes, Rows, Stage
 from robustjax.types import Key
 
 # Rows that run side by side, in batches: they are packed together as they fall.
@@ -25,6 +21,23 @@ GROUP = 4
 
 class Enough(Exception):
     """Robust accuracy has fallen below `stop_below`."""
+
+
+class Progress(NamedTuple):
+    """How far an evaluation is.
+
+    name:  of the stage.
+    part:  of this run of it that is done, 0 to 1.
+    alive: examples still robust.
+    done:  passes executed since the board was made.
+    left:  passes to come where nothing else breaks; None: the suite did not say.
+    """
+
+    name: str
+    part: float
+    alive: int
+    done: int
+    left: float | None
 
 
 class Cost(NamedTuple):
@@ -70,13 +83,16 @@ class Board:
         ledger: Ledger | None = None,
         points: bool = False,
         stop_below: float | None = None,
-        on_stage: Callable[[str, int, int, int], None] = lambda *news: None,
+        on_stage: Callable[[Progress], None] = lambda news: None,
+        expected: float | None = None,
     ):
         self.driver, self.x, self.y, self.index = driver, x, y, index
         self.epsilon, self.logits, self.key = epsilon, logits, key
         self.image_axes, self.samples = image_axes, samples
         self.ledger, self.points = ledger, points
         self.stop_below, self.on_stage = stop_below, on_stage
+        # Passes on an example that nothing breaks: the suite's, and those so far.
+        self.expected, self._spent, self._executed = expected, 0.0, 0
         self.correct = prediction == y
         self.alive = self.correct.copy()
         self.x_adv = np.array(x, np.float32)
@@ -160,6 +176,8 @@ class Board:
         began = time.monotonic()
         size = GROUP * self.driver.shapes[-1]
         outcomes: list[Outcome] = []
+        each = stage.num_steps * (stage.forward + stage.backward) * stage.samples
+        share = each * len(places) / max(int(self.alive.sum()), 1)
         for number, first in enumerate(range(0, len(places), size)):
             take = order[first : first + size]
             here = places[take]
@@ -182,15 +200,15 @@ class Board:
                     key,
                     None if start is None else start[take],
                     counts,
-                    lambda done, alive, f=first: self.on_stage(
-                        stage.name, done + f, stage.num_steps, alive
-                    ),
+                    functools.partial(self._tell, stage, share, first, here, places),
                 )
+                self._executed += found.passes.executed()
                 if self.ledger is not None:
                     self.ledger.put(
                         group, stage.name, rows.index, found, self.points and counts
                     )
             outcomes.append(found)
+        self._spent += share
         outcome = _in_order(outcomes, order, self.x.shape[1:])
         if counts:
             self._note(stage.name, places, outcome)
@@ -205,6 +223,28 @@ class Board:
         if self.stop_below is not None and robust < self.stop_below:
             raise Enough
         return outcome
+
+    def _tell(
+        self,
+        stage: Stage,
+        share: float,
+        first: int,
+        here: np.ndarray,
+        places: np.ndarray,
+        steps: int,
+        running: int,
+        executed: int,
+    ) -> None:
+        """Report what `drive` says of one group of a run's rows."""
+        fallen = len(here) - running
+        alive = int(self.alive.sum()) - fallen
+        part = (first + len(here) * steps / stage.num_steps) / len(places)
+        rest = (1 - part) * share
+        if self.expected is not None:
+            rest = max(rest, self.expected - self._spent - part * share)
+        left = None if self.expected is None else rest * alive
+        done = self._executed + executed
+        self.on_stage(Progress(stage.name, part, alive, done, left))
 
     def pay(self, name: str, rows: int, size: int, looks: int) -> None:
         """Note `looks` forward and backward passes that a suite made itself, of `rows`

@@ -12,8 +12,9 @@ from robustjax import threats
 from robustjax.attacks import fab
 from robustjax.evaluation import checks, runner
 from robustjax.evaluation.board import Board
-from robustjax.evaluation.driver import Driver, Model, Stage, judge, ladder
+from robustjax.evaluation.judge import Driver, Model, judge, ladder
 from robustjax.evaluation.prepare import clean_logits, predicted, prepare_model
+from robustjax.evaluation.stage import Stage
 from robustjax.threats import ThreatModel
 from robustjax.types import Array, Key
 

@@ -16,7 +16,8 @@ import numpy as np
 from robustjax import losses
 from robustjax.evaluation import masking, symptoms
 from robustjax.evaluation.checks import Flag
-from robustjax.evaluation.driver import Driver, Model, Rows
+from robustjax.evaluation.judge import Driver, Model
+from robustjax.evaluation.stage import Rows
 from robustjax.evaluation.symptoms import Chart
 from robustjax.threats import ThreatModel
 from robustjax.types import Key, LogitsFn
@@ -83,7 +84,7 @@ def doctor(
       image_axes: order of an example's axes, "HWC" or "CHW".
       passes: forward and backward passes that may be spent, over all examples. What
         does not fit is not run, and says so.
-      looped: see `driver.Driver`.
+      looped: see `judge.Driver`.
 
     >>> from robustjax.norms import Linf
     >>> x, y = np.eye(4, dtype=np.float32), np.arange(4)

@@ -16,99 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from robustjax import losses, threats
-from robustjax.attacks.base import Attack, AttackFn, Info, evaluate_point, select
+from robustjax.attacks.base import select
+from robustjax.evaluation.judge import Driver, Model, judge, pad, plan
+from robustjax.evaluation.stage import LOSSES, Outcome, Passes, Rows, Stage
 from robustjax.gradients import eot
-from robustjax.parallel import fetch, put_global, replicated, split_rows
+from robustjax.parallel import fetch
 from robustjax.problems import Problem, maximize, predictions
 from robustjax.threats import ThreatModel
-from robustjax.types import Array, Key, LogitsFn, LossFn, PyTree
-
-LOSSES: dict[str, Callable[[Array, Array, Array], Array]] = {
-    "cross_entropy": lambda z, y, target: losses.cross_entropy(z, y),
-    "margin": lambda z, y, target: losses.margin_loss(z, y),
-    "dlr": lambda z, y, target: losses.dlr(z, y),
-    "dlr_targeted": losses.dlr_targeted,
-    "difference": losses.difference,
-}
-"""What a stage may raise, `(logits, y, target) -> [B]`. Chosen by data: one compiled
-program serves them all."""
-
-# What a batch costs beside its rows, in rows: keeps the plan from splitting too finely.
-OVERHEAD = 2
-
-
-class Stage(NamedTuple):
-    """One attack of a suite.
-
-    name:      what the report calls it.
-    make:      `settings -> Attack`, a module-level function (jit knows it by identity).
-    settings:  a pytree; its leaves are data.
-    num_steps: points evaluated for each row.
-    loss:      a name of `LOSSES`.
-    forward, backward: passes of one row in one step.
-    chunk:     steps between two looks at who has fallen.
-    hand_over: the field of the last state that the caller wants back, or None.
-    samples:   random draws of the model that each score averages (EOT).
-    raw:       the perturbation is judged as it is, not clipped into the box: for
-               attacks of others, whose mistakes must be seen.
-    """
-
-    name: str
-    make: Callable[[Any], Attack]
-    settings: PyTree
-    num_steps: int
-    loss: str = "cross_entropy"
-    forward: int = 1
-    backward: int = 1
-    chunk: int = 10
-    hand_over: str | None = None
-    samples: int = 1
-    raw: bool = False
-
-
-class OneShotState(NamedTuple):
-    """`x_adv`: what the attack returned, to the bit; `delta`: its distance from x."""
-
-    delta: Array
-    x_adv: Array
-
-
-class OneShot(NamedTuple):
-    """An `AttackFn` as a kernel of one step, so that the driver drives only kernels."""
-
-    attack_fn: AttackFn
-    loss: LossFn | None = None
-
-    def __call__(self, settings: PyTree) -> Attack:
-        del settings
-
-        def init(key: Key, problem: Problem) -> OneShotState:
-            return OneShotState(jnp.zeros_like(problem.x), problem.x + 0)
-
-        def step(
-            key: Key, state: OneShotState, problem: Problem
-        ) -> tuple[OneShotState, Info]:
-            key_run, key_look = jax.random.split(key)
-            result = self.attack_fn(key_run, problem)
-            delta = result.x_adv - problem.x
-            info = evaluate_point(problem, delta, key_look)
-            # What it claims, also outside of the ball: the judge says no, and the
-            # report tells. And what wins without being claimed.
-            success = result.success | info.success
-            x_adv = result.x_adv.astype(problem.x.dtype)
-            return OneShotState(delta, x_adv), info._replace(success=success)
-
-        return Attack(init, step)
-
-
-class Rows(NamedTuple):
-    """What an attack reads of each row; leaves lead with B, on host or device."""
-
-    x: Any
-    y: Any
-    index: Any
-    target: Any
-    epsilon: Any
+from robustjax.types import Array, Key
 
 
 class Best(NamedTuple):
@@ -126,50 +41,6 @@ class Best(NamedTuple):
     won: Array
     margin: Array
     closest: Array
-
-
-class Model(NamedTuple):
-    """The model under attack: a pytree, so that its weights are data.
-
-    logits_fn: called `(x, key)`.
-    scale:     scalar; attacks see `scale * logits`. A power of two changes no verdict.
-    """
-
-    logits_fn: LogitsFn
-    scale: Array
-
-
-class Passes(NamedTuple):
-    """Forward and backward passes: counted (a row once), executed (padding too)."""
-
-    forward: int = 0
-    backward: int = 0
-    executed_forward: int = 0
-    executed_backward: int = 0
-
-    def __add__(self, other: Any) -> "Passes":
-        return Passes(*(a + b for a, b in zip(self, other, strict=True)))
-
-
-class Outcome(NamedTuple):
-    """What a stage gave for its rows, in their order, on the host.
-
-    broken:  `[n]` bool, confirmed by the judge.
-    x_adv:   `[n, ...]`: where broken that point, elsewhere the one of smallest margin.
-    margin:  `[n]` the smallest margin reached (`inf`: none was measured).
-    doubted: `[n]` bool: a claim that the judge did not confirm.
-    handed:  `[n, ...]` the state's field that `hand_over` names, or an empty array.
-    refused: `[n]` bool: a claim that lies outside of ball or box.
-    passes:  counted and executed.
-    """
-
-    broken: np.ndarray
-    x_adv: np.ndarray
-    margin: np.ndarray
-    doubted: np.ndarray
-    handed: np.ndarray
-    refused: np.ndarray
-    passes: Passes
 
 
 def _problem(
@@ -250,128 +121,6 @@ _advance_one = functools.partial(
 be rewritten, their gradients inside a loop run 10 times slower on CPU."""
 
 
-@jax.jit
-def _judge(model, threat, x, y, epsilon, x_adv, keys):
-    """A fresh look at points: predictions `[P, B]`, margins, inside ball and box."""
-    here = ThreatModel(threat.norm, epsilon, threat.lower, threat.upper)
-    # float32 where the default is less (TPU, recent GPUs).
-    with jax.default_matmul_precision("highest"):
-
-        def look(key: Key) -> Array:
-            return model.logits_fn(x_adv, key).astype(jnp.float32)
-
-        # One pass needs no loop, in which a CPU convolves slowly.
-        alone = len(keys) == 1
-        logits = look(keys[0])[None] if alone else jax.lax.map(look, keys)
-    margin = losses.margin(model.scale * jnp.mean(logits, 0), y)
-    inside = threats.is_feasible(here, x, x_adv)
-    return jax.vmap(predictions)(logits), margin, inside
-
-
-class Verdict(NamedTuple):
-    """What the judge says of points, in their order.
-
-    wrong:      `[n]` bool: misclassified (random models: in most passes) inside ball
-                and box.
-    inside:     `[n]` bool.
-    prediction: `[n]` the first pass's prediction; -1 where a logit is NaN.
-    correct:    `[P, n]` bool, pass by pass.
-    """
-
-    wrong: np.ndarray
-    inside: np.ndarray
-    prediction: np.ndarray
-    correct: np.ndarray
-
-
-class Driver(NamedTuple):
-    """What all stages of an evaluation share.
-
-    model:   the model under attack.
-    threat:  norm and box; budgets come row by row.
-    shapes:  rows per program, ascending (of all devices together).
-    looped:  run chunks as one program; False: one step per call, from the host.
-    mesh:    devices that share the rows, or None.
-    keys:    `[P]` the judge's keys, a pass for each (more than one: random models).
-    """
-
-    model: Model
-    threat: ThreatModel
-    shapes: tuple[int, ...]
-    looped: bool
-    mesh: Any
-    keys: Key
-
-    def put(self, tree: PyTree) -> PyTree:
-        """Rows to the device, or divided over the devices."""
-        return put_global(tree, None if self.mesh is None else split_rows(self.mesh))
-
-    def share(self, tree: PyTree) -> PyTree:
-        """What every row reads: on the device, or on all of them."""
-        return put_global(tree, None if self.mesh is None else replicated(self.mesh))
-
-
-def ladder(batch_size: int, count: int, devices: int = 1) -> tuple[int, ...]:
-    """Rows per program, ascending: 4, 16, 64 and the batch, none above what is there.
-
-    Args:
-      batch_size: rows per device at most.
-      count: examples in all.
-      devices: that share them.
-
-    >>> ladder(256, 1000), ladder(256, 40), ladder(8, 1000, devices=4)
-    ((4, 16, 64, 256), (4, 16, 40), (16, 32))
-    """
-    top = min(batch_size, -(-count // devices))
-    return tuple(devices * s for s in (*(s for s in (4, 16, 64) if s < top), top))
-
-
-def plan(count: int, shapes: Sequence[int]) -> list[int]:
-    """The shapes that hold `count` rows with the least padding, largest first.
-
-    >>> plan(178, (16, 64, 256)), plan(3, (16, 64)), plan(0, (16,))
-    ([64, 64, 64], [16], [])
-    """
-    top = max(shapes)
-    whole, rest = divmod(count, top)
-    best: list[tuple[int, list[int]]] = [(0, [])]
-    for rows in range(1, rest + 1):
-        options = [
-            (shape + OVERHEAD + best[max(rows - shape, 0)][0], shape)
-            for shape in shapes
-        ]
-        cost, shape = min(options)
-        best.append((cost, [shape, *best[max(rows - shape, 0)][1]]))
-    return [top] * whole + sorted(best[rest][1], reverse=True)
-
-
-def pad(rows: np.ndarray, count: int) -> np.ndarray:
-    """Repeat the first row until there are `count`."""
-    return np.concatenate([rows, np.repeat(rows[:1], count - len(rows), axis=0)])
-
-
-def judge(
-    driver: Driver, x: np.ndarray, y: np.ndarray, epsilon: np.ndarray, x_adv: np.ndarray
-) -> Verdict:
-    """Look at points afresh, in a program of its own, at matmul precision `highest`."""
-    parts, begin = [], 0
-    for shape in plan(len(x), driver.shapes):
-        count = min(shape, len(x) - begin)
-        here = [pad(a[begin : begin + count], shape) for a in (x, y, epsilon, x_adv)]
-        found = _judge(driver.model, driver.threat, *driver.put(here), driver.keys)
-        prediction, _, inside = fetch(found)
-        parts.append((prediction[:, :count], inside[:count]))
-        begin += count
-    if not parts:
-        none, passes = np.zeros(0, bool), len(driver.keys)
-        return Verdict(none, none, np.zeros(0, np.int32), np.zeros((passes, 0), bool))
-    prediction = np.concatenate([p for p, _ in parts], 1)
-    inside = np.concatenate([i for _, i in parts])
-    correct = prediction == y
-    wrong = inside & (correct.mean(0) < 0.5)
-    return Verdict(wrong, inside, prediction[0], correct)
-
-
 class _Part(NamedTuple):
     """Rows that run together: their places among the stage's rows, and their arrays."""
 
@@ -387,7 +136,7 @@ def drive(
     key: Key,
     start: np.ndarray | None = None,
     counts: bool = True,
-    on_chunk: Callable[[int, int], None] = lambda steps, alive: None,
+    on_chunk: Callable[[int, int, int], None] = lambda *news: None,
 ) -> Outcome:
     """Run one stage on rows (host arrays, any number) and return what it found.
 
@@ -399,7 +148,8 @@ def drive(
       start: `[n, ...]` points to begin at, or None.
       counts: False: a phase outside of the real ball; no success counts, and nobody
         leaves.
-      on_chunk: called with the steps done and the rows still running.
+      on_chunk: called with the steps done, the rows still running, and the passes
+        executed.
     """
     n = len(rows.y)
     loss = np.int32(list(LOSSES).index(stage.loss))
@@ -458,7 +208,7 @@ def drive(
         if gone[alive].any():
             alive = alive[~gone[alive]]
             parts = _packed(driver, parts, gone, len(alive))
-        on_chunk(done, len(alive))
+        on_chunk(done, len(alive), passes.executed())
     for part in parts:
         record(part, ~gone[part.places])
     return Outcome(broken, x_adv, margin, doubted, handed, refused, passes)

@@ -19,7 +19,8 @@ import numpy as np
 
 from robustjax.attacks.apgd import phases
 from robustjax.evaluation.board import Board
-from robustjax.evaluation.driver import Outcome, pad, plan
+from robustjax.evaluation.judge import pad, plan
+from robustjax.evaluation.stage import Outcome
 from robustjax.evaluation.starts import near_image, noisy, normal, other_image
 from robustjax.evaluation.suites import apgd_stage, square_stage
 from robustjax.norms import L1, L2

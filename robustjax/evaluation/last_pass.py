@@ -7,7 +7,7 @@ import numpy as np
 
 from robustjax import threats
 from robustjax.evaluation.board import Board
-from robustjax.evaluation.driver import judge
+from robustjax.evaluation.judge import judge
 from robustjax.evaluation.report import StageCost, ThreatReport
 from robustjax.threats import ThreatModel
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robustjax.evaluation.driver import Outcome, Passes
+from robustjax.evaluation.stage import Outcome, Passes
 from robustjax.logging import write_json
 from robustjax.parallel import is_writer, wait_for_all
 from robustjax.types import LogitsFn, PyTree

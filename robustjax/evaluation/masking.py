@@ -12,7 +12,9 @@ import jax
 import numpy as np
 
 from robustjax.attacks import apgd, square
-from robustjax.evaluation.driver import Driver, Rows, Stage, drive
+from robustjax.evaluation.driver import drive
+from robustjax.evaluation.judge import Driver
+from robustjax.evaluation.stage import Rows, Stage
 from robustjax.norms import L0, L1, L2
 from robustjax.types import Key
 

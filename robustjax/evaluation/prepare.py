@@ -11,7 +11,7 @@ import numpy as np
 
 from robustjax.attacks.base import AttackFn, Result
 from robustjax.evaluation import checks as inputs
-from robustjax.evaluation.driver import Driver, pad, plan
+from robustjax.evaluation.judge import Driver, pad, plan
 from robustjax.models.canonical import canonicalize
 from robustjax.parallel import fetch
 from robustjax.problems import predictions, takes_key, untargeted

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from robustjax.evaluation.binarization import binarization_test
 from robustjax.evaluation.binarization import flag as binarization_flag
 from robustjax.evaluation.board import Board, Enough, clean_margin
 from robustjax.evaluation.doctor import after, chosen, doctor, usual_scale
-from robustjax.evaluation.driver import Driver, Model, OneShot, Stage, ladder
+from robustjax.evaluation.judge import Driver, Model, ladder
 from robustjax.evaluation.last_pass import last_pass, randomized
 from robustjax.evaluation.ledger import (
     Ledger,
@@ -38,6 +39,7 @@ from robustjax.evaluation.prepare import (
     traced_attacks,
 )
 from robustjax.evaluation.report import Report, ThreatReport
+from robustjax.evaluation.stage import OneShot, Stage
 from robustjax.models.canonical import canonicalize
 from robustjax.norms import L0
 from robustjax.threats import ThreatModel
@@ -310,7 +312,8 @@ def _under(
         ledger=_ledger(task, name, t, epsilon, scale),
         points=task.suite_name in RESCALED,
         stop_below=task.stop_below,
-        on_stage=functools.partial(task.live.stage, prefix),
+        on_stage=functools.partial(task.live.stage, prefix, time.monotonic()),
+        expected=suites.about(task.suite_name, task.logits.shape[1], t.norm),
     )
     notes: Sequence[str] = ()
     try:

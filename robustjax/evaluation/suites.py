@@ -8,12 +8,13 @@ window for each example; EOT averages scores as well as gradients.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from robustjax.attacks import apgd, fab, square
 from robustjax.evaluation.board import Board
-from robustjax.evaluation.driver import Stage
+from robustjax.evaluation.stage import Stage
 from robustjax.evaluation.starts import normal
 from robustjax.norms import L1
 
@@ -160,10 +161,55 @@ def standard(board: Board) -> None:
     custom(("apgd-ce", "apgd-t", "fab-t", "square"))(board)
 
 
+def passes(name: str, num_classes: int, norm: Any) -> int:
+    """Forward and backward passes of a suite's attack on a point that it does not
+    break, as `standard`, `plus` and custom suites run it (`plus`: restarts apart).
+
+    >>> from robustjax.norms import Linf
+    >>> [passes(name, 10, Linf()) for name in ("apgd-ce", "apgd-t", "square")]
+    [202, 1818, 5000]
+    """
+    few = isinstance(norm, L1)
+    targets = min(9, num_classes - 1)
+    return {
+        "apgd-ce": 202 * (5 if few else 1),
+        "apgd-dlr": 202,
+        "apgd-t": 202 * (min(5, targets) if few else targets),
+        "fab": 5 * FAB_STEPS * (2 + num_classes),
+        "fab-t": 3 * FAB_STEPS * targets,
+        "square": 5000,
+    }[name]
+
+
 def standard_passes(logits: np.ndarray, survivors: int) -> int:
-    """Forward and backward passes of `standard` on points that nothing breaks."""
-    targets = min(9, logits.shape[1] - 1)
-    return survivors * (202 + targets * (202 + 3 * FAB_STEPS) + 5000)
+    """Forward and backward passes of `standard` on points that nothing breaks, under
+    Linf and L2."""
+    names, classes = ("apgd-ce", "apgd-t", "fab-t", "square"), logits.shape[1]
+    return survivors * sum(passes(name, classes, None) for name in names)
+
+
+def about(suite: str | None, num_classes: int, norm: Any) -> float | None:
+    """Passes of a suite on a point that nothing breaks, for telling how long it takes.
+
+    `fast` and `strong`: what they took on the nets of docs/reproduce.md, as parts of
+    `standard`. None where it cannot be said.
+    """
+
+    def total(*names: str) -> float:
+        return sum(passes(name, num_classes, norm) for name in names)
+
+    whole = total("apgd-ce", "apgd-t", "fab-t", "square")
+    known = {
+        "standard": whole,
+        "strong": 0.7 * whole,
+        "fast": 0.06 * whole,
+        "rand": 20 * total("apgd-ce", "apgd-dlr"),
+        "plus": whole + total("apgd-dlr", "fab") + 8 * 202,
+    }
+    if suite in known:
+        return known[suite]
+    names = suite.split(", ") if suite is not None else []
+    return total(*names) if names and all(name in ATTACKS for name in names) else None
 
 
 def plus(board: Board) -> None:

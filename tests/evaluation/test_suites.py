@@ -1,6 +1,7 @@
 """Suites, driver and ledger on models whose truth is known."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -12,7 +13,8 @@ import robustjax as rj
 from robustjax import testing
 from robustjax.attacks.base import Attack, inform
 from robustjax.evaluation import board as board_module
-from robustjax.evaluation import driver, fast, runner, suites
+from robustjax.evaluation import driver, fast, judge, runner, suites
+from robustjax.evaluation import stage as stages
 from robustjax.models.canonical import canonicalize
 from robustjax.parallel import data_mesh
 
@@ -228,7 +230,7 @@ def test_what_the_judge_refuses_is_attacked_on():
 
     x = np.full((5, 6, 6, 1), 0.4, np.float32)
     x[3:] = 0.1
-    late = driver.Stage("late", make_late, np.float32(0.2), 10, "margin", chunk=1)
+    late = stages.Stage("late", make_late, np.float32(0.2), 10, "margin", chunk=1)
 
     def suite(board):
         board.run(late)
@@ -258,11 +260,11 @@ def test_shapes_and_chunks_change_no_verdict(batch_size, chunk):
 
 def test_steps_from_the_host_are_those_of_the_loop():
     f = canonicalize(NET)
-    rows = driver.Rows(X, Y, np.arange(COUNT), np.zeros_like(Y), np.full(COUNT, 0.03))
+    rows = stages.Rows(X, Y, np.arange(COUNT), np.zeros_like(Y), np.full(COUNT, 0.03))
     rows = jax.tree.map(lambda a: a.astype("float32" if a.dtype == float else "int32"),
                         rows._replace(x=X))._replace(x=X)  # fmt: skip
-    one = driver.Driver(
-        driver.Model(f, jnp.float32(1)),
+    one = judge.Driver(
+        judge.Model(f, jnp.float32(1)),
         dataclasses.replace(THREAT, epsilon=0.0),
         (16,),
         True,
@@ -270,7 +272,7 @@ def test_steps_from_the_host_are_those_of_the_loop():
         jax.random.split(jax.random.key(0), 1),
     )
     settings = suites.apgd.apgd_settings(20, rj.Linf())
-    stage = driver.Stage("apgd", suites.apgd.kernel, settings, 21)
+    stage = stages.Stage("apgd", suites.apgd.kernel, settings, 21)
     looped = driver.drive(one, stage, rows, jax.random.key(3))
     hosted = driver.drive(one._replace(looped=False), stage, rows, jax.random.key(3))
     np.testing.assert_array_equal(looped.broken, hosted.broken)
@@ -281,7 +283,7 @@ def test_steps_from_the_host_are_those_of_the_loop():
 @pytest.mark.parametrize("count", [1, 5, 16, 17, 40, 63, 64, 65, 178, 255, 300, 1000])
 def test_a_plan_holds_all_rows_and_little_else(count):
     shapes = (16, 64, 256)
-    parts = driver.plan(count, shapes)
+    parts = judge.plan(count, shapes)
     assert sum(parts) - parts[-1] < count <= sum(parts)
     assert set(parts) <= set(shapes)
     assert sum(parts) < count + 16 + 0.25 * count
@@ -295,6 +297,25 @@ def test_no_shape_is_compiled_twice():
     evaluate(make_net(7), threat=rj.linf(0.02), key=jax.random.key(1), **few)
     evaluate(x=X[:9], y=Y[:9], **few)
     assert driver._advance._cache_size() == before
+
+
+def test_the_live_line_knows_what_is_left(monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        runner.Live, "stage", lambda self, threat, began, news: told.append(news)
+    )
+    names = ("apgd-ce", "apgd-t", "fab-t")
+    report = evaluate(suite=names, batch_size=4)  # groups of 16 rows
+    assert [name for name in names if any(t.name == name for t in told)] == [*names]
+    for before, after in itertools.pairwise(told):
+        assert after.alive <= before.alive and after.done >= before.done
+        assert 0 <= after.left <= before.left
+    assert told[-1].part == 1 and told[-1].left == 0
+    assert told[-1].alive == report.robust.sum()
+    stages = report.threats["threat"].stages
+    assert told[-1].done == sum(
+        s.executed_forward + s.executed_backward for s in stages if s.name in names
+    )
 
 
 def test_stop_below_ends_early():
