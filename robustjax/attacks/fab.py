@@ -28,6 +28,7 @@ from robustjax.problems import Problem, example_keys
 from robustjax.types import Array, Key
 
 TINY = 1e-8
+FLOOR = 1e-8  # of a gradient's coordinates, in reference mode under L2 and L1
 
 
 @functools.partial(
@@ -50,7 +51,8 @@ class Fab:
       progress: a success smaller than `progress` times the best one lends its own
         gradient to the point stepped back to. Not in reference mode.
       reference: the authors' own points; a step is one of their iterations, of three
-        passes: two where it stands, one where it arrives.
+        passes: two where it stands, one where it arrives. Under L2 and L1 coordinates
+        whose gradient is at most 1e-8 do not move, as theirs.
     """
 
     alpha_max: Any
@@ -207,8 +209,9 @@ def _move(
 ) -> Array:
     """The mixture of both ways to the boundary as it looks from `at`."""
     delta = select(gains, stepped, at)
-    here = _to_plane(problem, at, gap, grad, delta)
-    there = _to_plane(problem, at, gap, grad, jnp.zeros_like(delta))
+    floor = FLOOR if settings.reference else 0.0
+    here = _to_plane(problem, at, gap, grad, delta, floor)
+    there = _to_plane(problem, at, gap, grad, jnp.zeros_like(delta), floor)
     near = jnp.maximum(threats.size(problem.threat, here), TINY)
     far = jnp.maximum(threats.size(problem.threat, there), TINY)
     bias = jnp.minimum(near / (near + far), settings.alpha_max)
@@ -271,7 +274,7 @@ def _nearest_class(problem: Problem, x_adv: Array, key: Key):
 
 
 def _to_plane(
-    problem: Problem, at: Array, gap: Array, grad: Array, delta: Array
+    problem: Problem, at: Array, gap: Array, grad: Array, delta: Array, floor: float
 ) -> Array:
     """The least move from `delta` to where `gap + <grad, d - at> = 0`, in the box."""
     threat = problem.threat
@@ -280,9 +283,8 @@ def _to_plane(
         value = gap + jnp.sum(grad * (delta - at))
         lower = jnp.broadcast_to(jnp.asarray(threat.lower), x.shape) - x - delta
         upper = jnp.broadcast_to(jnp.asarray(threat.upper), x.shape) - x - delta
-        move = nearest_on_plane(
-            threat.norm, value, grad, jnp.minimum(lower, 0), jnp.maximum(upper, 0)
-        )
+        room = jnp.minimum(lower, 0), jnp.maximum(upper, 0)
+        move = nearest_on_plane(threat.norm, value, grad, *room, floor)
         return jnp.where(jnp.isfinite(move), move, 0)
 
     return jax.vmap(one)(problem.x, at, gap, grad, delta)

@@ -20,7 +20,7 @@ PASSES = 16
 
 
 def nearest_on_plane(
-    norm: Norm, value: Array, w: Array, low: Array, high: Array
+    norm: Norm, value: Array, w: Array, low: Array, high: Array, floor: float = 0.0
 ) -> Array:
     """`argmin ||d||` with `value + <w, d> = 0` and `low <= d <= high`.
 
@@ -35,13 +35,14 @@ def nearest_on_plane(
       value: scalar, what the linear function is at d = 0.
       w: its gradient.
       low, high: the room of each coordinate, `low <= 0 <= high`.
+      floor: under L2 and L1 coordinates with `|w| <= floor` stay where they are.
 
     Raises:
       TypeError: another norm.
 
     Reference: Croce and Hein, arXiv 1907.02044, who sort.
-    Differs from the authors' code: that takes weights below 1e-8 for 0 (L2 and L1);
-    here only their ratios matter, so vanishing gradients move as others do.
+    Differs from the authors' code: theirs has a floor of 1e-8 (FAB's reference mode
+    too); without one only ratios matter, so vanishing gradients move as others do.
 
     >>> w, room = jnp.array([2.0, 1.0]), jnp.ones(2)
     >>> print(nearest_on_plane(Linf(), jnp.float32(1.5), w, -room, room))
@@ -50,12 +51,16 @@ def nearest_on_plane(
     [-1.  -0.5]
     """
     if isinstance(norm, AnyOf):
-        branches = [functools.partial(nearest_on_plane, m) for m in norm.members]
+        branches = [
+            functools.partial(nearest_on_plane, m, floor=floor) for m in norm.members
+        ]
         return jax.lax.switch(norm.index, branches, value, w, low, high)
     if not isinstance(norm, Linf | L2 | L1):
         raise TypeError(f"FAB has no projection for {norm}: use Linf, L2 or L1.")
     shape = w.shape
     w, low, high = w.ravel(), low.ravel(), high.ravel()
+    if not isinstance(norm, Linf):
+        w = jnp.where(jnp.abs(w) > floor, w, 0)
     # In units of the largest weight: nothing overflows and nothing vanishes.
     largest = jnp.max(jnp.abs(w))
     unit = jnp.where(largest > 0, largest, 1)

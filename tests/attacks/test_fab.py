@@ -301,6 +301,16 @@ def transcribed(norm, net, x, y, target, num_steps, progress):
 
 
 @pytest.mark.parametrize("norm", NORMS)
+def test_below_the_floor_nothing_moves_under_l2_and_l1(norm):
+    """The authors' floor is absolute, and Linf has none."""
+    w, room = jnp.array([1.0, 1e-9, -1e-7, 0.0]), jnp.ones(4)
+    out_of_reach = rj.threat(norm, 1.0).norm, jnp.float32(5.0), w, -room, room
+    assert nearest_on_plane(*out_of_reach).tolist() == [-1, -1, 1, 0]
+    with_floor = nearest_on_plane(*out_of_reach, floor=1e-8).tolist()
+    assert with_floor == ([-1, -1, 1, 0] if norm == "Linf" else [-1, 0, 1, 0])
+
+
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("targeted", [True, False])
 @pytest.mark.parametrize("form", [0.0, 0.99, "reference"])
 def test_the_points_are_those_of_a_transcription(norm, targeted, form):
