@@ -38,6 +38,67 @@ def patches(x: Array, size: int) -> Array:
     return cut.transpose(0, 1, 3, 2, 4, 5).reshape(b, rows * columns, -1)
 
 
+@jax.custom_jvp
+def attention(query: Array, key: Array, value: Array) -> Array:
+    """`softmax(query key^T / sqrt(D)) value`, head by head, softmax in float32.
+
+    The derivative is written out, for the TPU compiler in bfloat16: autodiff rounds the
+    gradient of the weights, `[B, H, T, T]`, to bfloat16 before it goes through the
+    softmax, and that rounding takes most of the operation's time (docs/plan.md). Here
+    it stays float32 until it is multiplied with keys and queries.
+
+    Args:
+      query: `[B, T, H, D]`: tokens, heads, channels.
+      key: `[B, S, H, D]`.
+      value: likewise.
+
+    Returns:
+      `[B, T, H, D]`.
+
+    Reference: Vaswani et al., arXiv:1706.03762.
+
+    >>> attention(*[jnp.ones((1, 3, 2, 4))] * 3).shape
+    (1, 3, 2, 4)
+    """
+    return _attention(query, key, value)[0]
+
+
+def _attention(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+    """What attention gives, and its weights, at least float32."""
+    scores = _scores(query, key, _wide(query.dtype))
+    weights = jax.nn.softmax(scores / query.shape[-1] ** 0.5)
+    return _weighted(weights.astype(value.dtype), value), weights
+
+
+@attention.defjvp
+def _attention_jvp(
+    primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
+) -> tuple[Array, Array]:
+    (query, key, value), (query_t, key_t, value_t) = primals, tangents
+    out, weights = _attention(query, key, value)
+    wide, scale = weights.dtype, query.shape[-1] ** -0.5
+    by_query = _scores(query_t.astype(wide), key.astype(wide), wide)
+    by_key = _scores(query.astype(wide), key_t.astype(wide), wide)
+    # Scaled in two orders, so that transposed these are two expressions with one use
+    # each: of one with two uses the compiler makes a pass of its own over [T, S].
+    moved = weights * (by_query * scale) + (weights * scale) * by_key
+    weights_t = moved - weights * jnp.sum(moved, -1, keepdims=True)
+    out_t = _weighted(weights_t, value.astype(wide)).astype(out.dtype)
+    return out, out_t + _weighted(weights.astype(value.dtype), value_t)
+
+
+def _wide(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _scores(query: Array, key: Array, dtype: Any) -> Array:
+    return jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=dtype)
+
+
+def _weighted(weights: Array, value: Array) -> Array:
+    return jnp.einsum("bhts,bshd->bthd", weights, value)
+
+
 class Block(nn.Module):
     """Attention and MLP, each on the normalized stream and added to it."""
 
@@ -60,7 +121,7 @@ class Block(nn.Module):
         y = norm("norm1")(x)
         parts = (dense(width, name)(y) for name in ("query", "key", "value"))
         query, key, value = (part.reshape(shape) for part in parts)
-        y = jax.nn.dot_product_attention(query, key, value)
+        y = attention(query, key, value)
         x = x + dense(width, "out")(y.reshape(x.shape))
         y = nn.gelu(dense(self.hidden, "mlp1")(norm("norm2")(x)), approximate=True)
         return x + dense(width, "mlp2")(y)
