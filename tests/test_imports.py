@@ -33,8 +33,8 @@ NEIGHBORS = {
     "logging": {"metrics", "parallel"},
     "data": {"parallel"},
     "methods": {"models.base", "metrics"},
-    "evaluation": {"models.base", "models.canonical", "data", "metrics"}
-    | {"logging", "parallel"},
+    "evaluation": {"models.base", "models.canonical", "models.compiling", "data"}
+    | {"metrics", "logging", "parallel"},
     "certify": {"evaluation", "plots"},
     "testing": FLOORS[5],
 }

@@ -20,6 +20,7 @@ from robustjax.attacks.base import select
 from robustjax.evaluation.judge import Driver, Model, judge, pad, plan
 from robustjax.evaluation.stage import LOSSES, Outcome, Passes, Rows, Stage
 from robustjax.gradients import eot
+from robustjax.models.compiling import convolution_options, quick_options
 from robustjax.parallel import fetch
 from robustjax.problems import Problem, maximize, predictions
 from robustjax.threats import ThreatModel
@@ -44,14 +45,24 @@ class Best(NamedTuple):
 
 
 def _problem(
-    model: Model, loss: Array, samples: int, threat: ThreatModel, rows: Rows, start: Any
+    model: Model,
+    names: tuple[str, ...],
+    loss: Array,
+    samples: int,
+    threat: ThreatModel,
+    rows: Rows,
+    start: Any,
 ) -> Problem:
     def call(x: Array, key: Key | None) -> Array:
         return model.scale * model.logits_fn(x, key).astype(jnp.float32)
 
     def score(logits: Array) -> Array:
-        branches = list(LOSSES.values())
-        return jax.lax.switch(loss, branches, logits, rows.y, rows.target)
+        scores = [LOSSES[name](logits, rows.y, rows.target) for name in names]
+        if len(scores) == 1:
+            return scores[0]
+        # One is chosen by data. The others' gradients are finite (losses.finite) and
+        # multiplied by 0.
+        return jax.lax.select_n(jnp.broadcast_to(loss, rows.y.shape), *scores)
 
     problem = maximize(
         call,
@@ -66,10 +77,9 @@ def _problem(
     return eot(problem, samples) if samples > 1 else problem
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _start(make, samples, settings, model, loss, threat, rows, start, key):
+def _start(make, names, samples, settings, model, loss, threat, rows, start, key):
     """The first state, and nothing found. Does not evaluate the model."""
-    problem = _problem(model, loss, samples, threat, rows, start)
+    problem = _problem(model, names, loss, samples, threat, rows, start)
     state = make(settings).init(key, problem)
     no = jnp.zeros(rows.x.shape[:1], bool)
     # Not rows.x itself: the carry is donated step by step, its buffers must be its own.
@@ -79,9 +89,11 @@ def _start(make, samples, settings, model, loss, threat, rows, start, key):
     return state, best
 
 
-def _step(make, samples, raw, settings, model, loss, threat, rows, key, t, carry):
+def _step(
+    make, names, samples, raw, settings, model, loss, threat, rows, key, t, carry
+):
     state, best = carry
-    problem = _problem(model, loss, samples, threat, rows, None)
+    problem = _problem(model, names, loss, samples, threat, rows, None)
     state, info = make(settings).step(jax.random.fold_in(key, t), state, problem)
     if raw:
         x_adv = state.x_adv
@@ -101,24 +113,56 @@ def _step(make, samples, raw, settings, model, loss, threat, rows, key, t, carry
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(9,))
 def _advance(
-    make, samples, raw, settings, model, loss, threat, rows, key, carry, begin, end
+    make,
+    names,
+    samples,
+    raw,
+    settings,
+    model,
+    loss,
+    threat,
+    rows,
+    key,
+    carry,
+    begin,
+    end,
 ):
     """The steps `begin .. end - 1`, in one program whatever their number."""
 
     def body(t, carry):
-        fixed = (make, samples, raw, settings, model, loss, threat, rows, key)
+        fixed = (make, names, samples, raw, settings, model, loss, threat, rows, key)
         return _step(*fixed, t, carry)
 
     return jax.lax.fori_loop(begin, end, body, carry)
 
 
-_advance_one = functools.partial(
-    jax.jit(_step, static_argnums=(0, 1, 2), donate_argnums=(10,))
-)
-"""One step without a loop, driven from the host: where a model's convolutions could not
-be rewritten, their gradients inside a loop run 10 times slower on CPU."""
+class Programs(NamedTuple):
+    """What `drive` compiles, once per attack and shape.
+
+    start:   the first state.
+    advance: a chunk of steps in a loop.
+    one:     one step without a loop, driven from the host: where a model's convolutions
+             could not be rewritten, their gradients inside a loop run 10 times slower
+             on CPU.
+    """
+
+    start: Callable[..., Any]
+    advance: Callable[..., Any]
+    one: Callable[..., Any]
+
+
+@functools.cache
+def programs() -> Programs:
+    """Made at the first use: which options there are depends on the machine."""
+    options = convolution_options()
+
+    def stepping(f: Callable[..., Any], carry: int) -> Callable[..., Any]:
+        fixed = {"static_argnums": (0, 1, 2, 3), "donate_argnums": (carry,)}
+        return jax.jit(f, compiler_options=options, **fixed)
+
+    start = jax.jit(_start, static_argnums=(0, 1, 2), compiler_options=quick_options())
+    return Programs(start, stepping(_advance, 10), stepping(_step, 11))
 
 
 class _Part(NamedTuple):
@@ -152,7 +196,7 @@ def drive(
         executed.
     """
     n = len(rows.y)
-    loss = np.int32(list(LOSSES).index(stage.loss))
+    loss = np.int32(_names(stage).index(stage.loss))
     shared = driver.share((stage.settings, driver.model, loss, driver.threat))
     broken, refused, doubted = (np.zeros(n, bool) for _ in range(3))
     x_adv = np.array(rows.x, np.float32)
@@ -214,6 +258,10 @@ def drive(
     return Outcome(broken, x_adv, margin, doubted, handed, refused, passes)
 
 
+def _names(stage: Stage) -> tuple[str, ...]:
+    return stage.losses or (stage.loss,)
+
+
 def _cost(stage: Stage, steps: int, count: int, size: int) -> Passes:
     forward = steps * stage.forward * stage.samples
     backward = steps * stage.backward * stage.samples
@@ -232,17 +280,20 @@ def _begin(driver, stage, shared, rows, start, key, places, shape) -> _Part:
     take = pad(places, shape)
     here = driver.put(jax.tree.map(lambda leaf: np.asarray(leaf)[take], rows))
     begin_at = None if start is None else driver.put(np.asarray(start)[take])
-    carry = _start(stage.make, stage.samples, *shared, here, begin_at, key)
+    static = stage.make, _names(stage), stage.samples
+    carry = programs().start(*static, *shared, here, begin_at, key)
     return _Part(places, here, carry)
 
 
 def _run_chunk(driver, stage, shared, key, part, done, steps):
-    fixed = (stage.make, stage.samples, stage.raw, *shared, part.rows, key)
+    static = stage.make, _names(stage), stage.samples, stage.raw
+    fixed = (*static, *shared, part.rows, key)
     if driver.looped:
-        return _advance(*fixed, part.carry, np.int32(done), np.int32(done + steps))
+        bounds = np.int32(done), np.int32(done + steps)
+        return programs().advance(*fixed, part.carry, *bounds)
     carry = part.carry
     for t in range(done, done + steps):
-        carry = _advance_one(*fixed, np.int32(t), carry)
+        carry = programs().one(*fixed, np.int32(t), carry)
     return carry
 
 

@@ -1,6 +1,7 @@
 """The judge: a fresh look at points, in a few shapes, on one device or several."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robustjax import losses, threats
+from robustjax.models.compiling import convolution_options
 from robustjax.parallel import fetch, put_global, replicated, split_rows
 from robustjax.problems import predictions
 from robustjax.threats import ThreatModel
@@ -28,7 +30,6 @@ class Model(NamedTuple):
     scale: Array
 
 
-@jax.jit
 def _judge(model, threat, x, y, epsilon, x_adv, keys):
     """A fresh look at points: predictions `[P, B]`, margins, inside ball and box."""
     here = ThreatModel(threat.norm, epsilon, threat.lower, threat.upper)
@@ -44,6 +45,12 @@ def _judge(model, threat, x, y, epsilon, x_adv, keys):
     margin = losses.margin(model.scale * jnp.mean(logits, 0), y)
     inside = threats.is_feasible(here, x, x_adv)
     return jax.vmap(predictions)(logits), margin, inside
+
+
+@functools.cache
+def judging() -> Callable[..., Any]:
+    """The judge's program; made at the first use, as `driver.programs`."""
+    return jax.jit(_judge, compiler_options=convolution_options())
 
 
 class Verdict(NamedTuple):
@@ -136,7 +143,7 @@ def judge(
     for shape in plan(len(x), driver.shapes):
         count = min(shape, len(x) - begin)
         here = [pad(a[begin : begin + count], shape) for a in (x, y, epsilon, x_adv)]
-        found = _judge(driver.model, driver.threat, *driver.put(here), driver.keys)
+        found = judging()(driver.model, driver.threat, *driver.put(here), driver.keys)
         prediction, _, inside = fetch(found)
         parts.append((prediction[:, :count], inside[:count]))
         begin += count

@@ -14,7 +14,7 @@ import numpy as np
 from robustjax.attacks import apgd, square
 from robustjax.evaluation.driver import drive
 from robustjax.evaluation.judge import Driver
-from robustjax.evaluation.stage import Rows, Stage
+from robustjax.evaluation.stage import SHARED, Rows, Stage
 from robustjax.norms import L0, L1, L2
 from robustjax.types import Key
 
@@ -118,6 +118,7 @@ def compare(
         nonlocal spent
         settings = apgd.apgd_settings(steps, driver.threat.norm, first_step=first_step)
         stage = Stage("apgd", apgd.kernel, settings, steps + 1, loss, hand_over="best")
+        stage = stage._replace(losses=SHARED)
         here = _some(rows, places)
         here = here._replace(epsilon=(radius * here.epsilon).astype(np.float32))
         found = drive(driver, stage, here, keys.pop(), start=start, counts=counts)

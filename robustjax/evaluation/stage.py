@@ -19,8 +19,9 @@ LOSSES: dict[str, Callable[[Array, Array, Array], Array]] = {
     "dlr_targeted": losses.dlr_targeted,
     "difference": losses.difference,
 }
-"""What a stage may raise, `(logits, y, target) -> [B]`. Chosen by data: one compiled
-program serves them all."""
+"""What a stage may raise, `(logits, y, target) -> [B]`."""
+SHARED = ("cross_entropy", "margin", "dlr_targeted")
+"""Losses of one compiled program of APGD, chosen among by data."""
 
 
 class Stage(NamedTuple):
@@ -37,6 +38,8 @@ class Stage(NamedTuple):
     samples:   random draws of the model that each score averages (EOT).
     raw:       the perturbation is judged as it is, not clipped into the box: for
                attacks of others, whose mistakes must be seen.
+    losses:    names among which data choose, so that stages which differ in nothing
+               else share a program; each takes its time to compile. (): `loss` alone.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Stage(NamedTuple):
     hand_over: str | None = None
     samples: int = 1
     raw: bool = False
+    losses: tuple[str, ...] = ()
 
 
 class OneShotState(NamedTuple):

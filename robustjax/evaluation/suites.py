@@ -14,7 +14,7 @@ import numpy as np
 
 from robustjax.attacks import apgd, fab, square
 from robustjax.evaluation.board import Board
-from robustjax.evaluation.stage import Stage
+from robustjax.evaluation.stage import SHARED, Stage
 from robustjax.evaluation.starts import normal
 from robustjax.norms import L1
 
@@ -36,6 +36,7 @@ def apgd_stage(board: Board, name: str, loss: str, num_steps: int, **changes) ->
         loss,
         hand_over="best",
         samples=board.samples,
+        losses=SHARED if loss in SHARED else (),
     )
 
 
