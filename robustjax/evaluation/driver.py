@@ -155,7 +155,7 @@ class Programs(NamedTuple):
 @functools.cache
 def programs() -> Programs:
     """Made at the first use: which options there are depends on the machine."""
-    options = convolution_options()
+    options = convolution_options() | quick_options(1)
 
     def stepping(f: Callable[..., Any], carry: int) -> Callable[..., Any]:
         fixed = {"static_argnums": (0, 1, 2, 3), "donate_argnums": (carry,)}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robustjax import losses, threats
-from robustjax.models.compiling import convolution_options
+from robustjax.models.compiling import convolution_options, quick_options
 from robustjax.parallel import fetch, put_global, replicated, split_rows
 from robustjax.problems import predictions
 from robustjax.threats import ThreatModel
@@ -50,7 +50,8 @@ def _judge(model, threat, x, y, epsilon, x_adv, keys):
 @functools.cache
 def judging() -> Callable[..., Any]:
     """The judge's program; made at the first use, as `driver.programs`."""
-    return jax.jit(_judge, compiler_options=convolution_options())
+    options = convolution_options() | quick_options()
+    return jax.jit(_judge, compiler_options=options)
 
 
 class Verdict(NamedTuple):
@@ -97,7 +98,9 @@ class Driver(NamedTuple):
 
 
 def ladder(batch_size: int, count: int, devices: int = 1) -> tuple[int, ...]:
-    """Rows per program, ascending: 4, 16, 64 and the batch, none above what is there.
+    """Rows per program, ascending: 16, 64 and the batch, none above what is there.
+
+    A smaller shape would save rows of few survivors, and cost a compilation each.
 
     Args:
       batch_size: rows per device at most.
@@ -105,10 +108,10 @@ def ladder(batch_size: int, count: int, devices: int = 1) -> tuple[int, ...]:
       devices: that share them.
 
     >>> ladder(256, 1000), ladder(256, 40), ladder(8, 1000, devices=4)
-    ((4, 16, 64, 256), (4, 16, 40), (16, 32))
+    ((16, 64, 256), (16, 40), (32,))
     """
     top = min(batch_size, -(-count // devices))
-    return tuple(devices * s for s in (*(s for s in (4, 16, 64) if s < top), top))
+    return tuple(devices * s for s in (*(s for s in (16, 64) if s < top), top))
 
 
 def plan(count: int, shapes: Sequence[int]) -> list[int]:
