@@ -17,10 +17,10 @@ import numpy as np
 
 from robustjax import losses, threats
 from robustjax.attacks.base import select
-from robustjax.evaluation.judge import Driver, Model, judge, pad, plan
+from robustjax.evaluation.judge import Driver, Model, judge, options, pad, plan
 from robustjax.evaluation.stage import LOSSES, Outcome, Passes, Rows, Stage
 from robustjax.gradients import eot
-from robustjax.models.compiling import convolution_options, quick_options
+from robustjax.models.compiling import quick_options
 from robustjax.parallel import fetch
 from robustjax.problems import Problem, maximize, predictions
 from robustjax.threats import ThreatModel
@@ -153,13 +153,12 @@ class Programs(NamedTuple):
 
 
 @functools.cache
-def programs() -> Programs:
-    """Made at the first use: which options there are depends on the machine."""
-    options = convolution_options() | quick_options(1)
+def programs(options: tuple[tuple[str, bool | str], ...]) -> Programs:
+    """Made at the first use: which `judge.options` there are depends on the machine."""
 
     def stepping(f: Callable[..., Any], carry: int) -> Callable[..., Any]:
         fixed = {"static_argnums": (0, 1, 2, 3), "donate_argnums": (carry,)}
-        return jax.jit(f, compiler_options=options, **fixed)
+        return jax.jit(f, compiler_options=dict(options) | quick_options(1), **fixed)
 
     start = jax.jit(_start, static_argnums=(0, 1, 2), compiler_options=quick_options())
     return Programs(start, stepping(_advance, 10), stepping(_step, 11))
@@ -281,7 +280,7 @@ def _begin(driver, stage, shared, rows, start, key, places, shape) -> _Part:
     here = driver.put(jax.tree.map(lambda leaf: np.asarray(leaf)[take], rows))
     begin_at = None if start is None else driver.put(np.asarray(start)[take])
     static = stage.make, _names(stage), stage.samples
-    carry = programs().start(*static, *shared, here, begin_at, key)
+    carry = programs(options()).start(*static, *shared, here, begin_at, key)
     return _Part(places, here, carry)
 
 
@@ -290,10 +289,10 @@ def _run_chunk(driver, stage, shared, key, part, done, steps):
     fixed = (*static, *shared, part.rows, key)
     if driver.looped:
         bounds = np.int32(done), np.int32(done + steps)
-        return programs().advance(*fixed, part.carry, *bounds)
+        return programs(options()).advance(*fixed, part.carry, *bounds)
     carry = part.carry
     for t in range(done, done + steps):
-        carry = programs().one(*fixed, np.int32(t), carry)
+        carry = programs(options()).one(*fixed, np.int32(t), carry)
     return carry
 
 

@@ -47,11 +47,21 @@ def _judge(model, threat, x, y, epsilon, x_adv, keys):
     return jax.vmap(predictions)(logits), margin, inside
 
 
+def options() -> tuple[tuple[str, bool | str], ...]:
+    """Compiler options for convolutions in evaluations, as items.
+
+    oneDNN's, but none where a compilation cache is set: programs that call oneDNN
+    cannot be kept there, and who sets one does not want to wait for compiling again.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return ()
+    return tuple(convolution_options().items())
+
+
 @functools.cache
-def judging() -> Callable[..., Any]:
+def judging(options: tuple[tuple[str, bool | str], ...]) -> Callable[..., Any]:
     """The judge's program; made at the first use, as `driver.programs`."""
-    options = convolution_options() | quick_options()
-    return jax.jit(_judge, compiler_options=options)
+    return jax.jit(_judge, compiler_options=dict(options) | quick_options())
 
 
 class Verdict(NamedTuple):
@@ -98,7 +108,7 @@ class Driver(NamedTuple):
 
 
 def ladder(batch_size: int, count: int, devices: int = 1) -> tuple[int, ...]:
-    """Rows per program, ascending: 16, 64 and the batch, none above what is there.
+    """Rows per program, ascending: 8, 64 and the batch, none above what is there.
 
     A smaller shape would save rows of few survivors, and cost a compilation each.
 
@@ -108,10 +118,10 @@ def ladder(batch_size: int, count: int, devices: int = 1) -> tuple[int, ...]:
       devices: that share them.
 
     >>> ladder(256, 1000), ladder(256, 40), ladder(8, 1000, devices=4)
-    ((16, 64, 256), (16, 40), (32,))
+    ((8, 64, 256), (8, 40), (32,))
     """
     top = min(batch_size, -(-count // devices))
-    return tuple(devices * s for s in (*(s for s in (16, 64) if s < top), top))
+    return tuple(devices * s for s in (*(s for s in (8, 64) if s < top), top))
 
 
 def plan(count: int, shapes: Sequence[int]) -> list[int]:
@@ -146,7 +156,9 @@ def judge(
     for shape in plan(len(x), driver.shapes):
         count = min(shape, len(x) - begin)
         here = [pad(a[begin : begin + count], shape) for a in (x, y, epsilon, x_adv)]
-        found = judging()(driver.model, driver.threat, *driver.put(here), driver.keys)
+        found = judging(options())(
+            driver.model, driver.threat, *driver.put(here), driver.keys
+        )
         prediction, _, inside = fetch(found)
         parts.append((prediction[:, :count], inside[:count]))
         begin += count

@@ -22,7 +22,8 @@ def convolution_options() -> dict[str, bool | str]:
     options, and convolves as before. The options
     belong to one compiled program: nothing global changes, and a jaxlib that does not
     know them is found out by a trial compilation (with `XLA_FLAGS` it would abort).
-    Results differ from those without the options by float32 rounding.
+    Results differ from those without the options by float32 rounding. A compilation
+    cache (`jax_compilation_cache_dir`) does not keep programs that call oneDNN.
 
     Returns:
         The options, or `{}` where they do not apply.

@@ -292,11 +292,23 @@ def test_a_plan_holds_all_rows_and_little_else(count):
 def test_no_shape_is_compiled_twice():
     few = {"suite": ("apgd-ce", "apgd-t", "fab-t"), "batch_size": 4}  # one shape
     evaluate(**few)
-    before = driver.programs().advance._cache_size()
+    before = driver.programs(judge.options()).advance._cache_size()
     evaluate(**few)
     evaluate(make_net(7), threat=rj.linf(0.02), key=jax.random.key(1), **few)
     evaluate(x=X[:9], y=Y[:9], **few)
-    assert driver.programs().advance._cache_size() == before
+    assert driver.programs(judge.options()).advance._cache_size() == before
+
+
+def test_with_a_compilation_cache_no_program_calls_onednn(monkeypatch, tmp_path):
+    monkeypatch.setattr(judge, "convolution_options", lambda: {"onednn": True})
+    cached = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert judge.options() == (("onednn", True),)
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        assert judge.options() == ()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", cached)
 
 
 def test_the_live_line_knows_what_is_left(monkeypatch):
