@@ -61,7 +61,7 @@ def options() -> tuple[tuple[str, bool | str], ...]:
 @functools.cache
 def judging(options: tuple[tuple[str, bool | str], ...]) -> Callable[..., Any]:
     """The judge's program; made at the first use, as `driver.programs`."""
-    return jax.jit(_judge, compiler_options=dict(options) | quick_options())
+    return jax.jit(_judge, compiler_options=dict(options) | quick_options(1))
 
 
 class Verdict(NamedTuple):
