@@ -176,6 +176,7 @@ class Board:
         began = time.monotonic()
         size = GROUP * self.driver.shapes[-1]
         outcomes: list[Outcome] = []
+        fallen = 0
         each = stage.num_steps * (stage.forward + stage.backward) * stage.samples
         share = each * len(places) / max(int(self.alive.sum()), 1)
         for number, first in enumerate(range(0, len(places), size)):
@@ -200,7 +201,9 @@ class Board:
                     key,
                     None if start is None else start[take],
                     counts,
-                    functools.partial(self._tell, stage, share, first, here, places),
+                    functools.partial(
+                        self._tell, stage, share, first, here, places, fallen
+                    ),
                 )
                 self._executed += found.passes.executed()
                 if self.ledger is not None:
@@ -208,6 +211,7 @@ class Board:
                         group, stage.name, rows.index, found, self.points and counts
                     )
             outcomes.append(found)
+            fallen += int((found.broken & self.alive[here]).sum()) if counts else 0
         self._spent += share
         outcome = _in_order(outcomes, order, self.x.shape[1:])
         if counts:
@@ -231,13 +235,14 @@ class Board:
         first: int,
         here: np.ndarray,
         places: np.ndarray,
+        fallen: int,
         steps: int,
         running: int,
         executed: int,
     ) -> None:
-        """Report what `drive` says of one group of a run's rows."""
-        fallen = len(here) - running
-        alive = int(self.alive.sum()) - fallen
+        """Report what `drive` says of one group of a run's rows; `fallen`: in those
+        before it, of which the board does not know yet."""
+        alive = int(self.alive.sum()) - fallen - (len(here) - running)
         part = (first + len(here) * steps / stage.num_steps) / len(places)
         rest = (1 - part) * share
         if self.expected is not None:

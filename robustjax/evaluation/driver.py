@@ -17,7 +17,14 @@ import numpy as np
 
 from robustjax import losses, threats
 from robustjax.attacks.base import select
-from robustjax.evaluation.judge import Driver, Model, judge, options, pad, plan
+from robustjax.evaluation.judge import (
+    Driver,
+    Model,
+    compiler_options,
+    judge,
+    pad,
+    plan,
+)
 from robustjax.evaluation.stage import LOSSES, Outcome, Passes, Rows, Stage
 from robustjax.gradients import eot
 from robustjax.models.compiling import quick_options
@@ -154,7 +161,7 @@ class Programs(NamedTuple):
 
 @functools.cache
 def programs(options: tuple[tuple[str, bool | str], ...]) -> Programs:
-    """Made at the first use: which `judge.options` there are depends on the machine."""
+    """Made at the first use: the `judge.compiler_options` depend on the machine."""
 
     def stepping(f: Callable[..., Any], carry: int) -> Callable[..., Any]:
         fixed = {"static_argnums": (0, 1, 2, 3), "donate_argnums": (carry,)}
@@ -280,7 +287,7 @@ def _begin(driver, stage, shared, rows, start, key, places, shape) -> _Part:
     here = driver.put(jax.tree.map(lambda leaf: np.asarray(leaf)[take], rows))
     begin_at = None if start is None else driver.put(np.asarray(start)[take])
     static = stage.make, _names(stage), stage.samples
-    carry = programs(options()).start(*static, *shared, here, begin_at, key)
+    carry = programs(compiler_options()).start(*static, *shared, here, begin_at, key)
     return _Part(places, here, carry)
 
 
@@ -289,10 +296,10 @@ def _run_chunk(driver, stage, shared, key, part, done, steps):
     fixed = (*static, *shared, part.rows, key)
     if driver.looped:
         bounds = np.int32(done), np.int32(done + steps)
-        return programs(options()).advance(*fixed, part.carry, *bounds)
+        return programs(compiler_options()).advance(*fixed, part.carry, *bounds)
     carry = part.carry
     for t in range(done, done + steps):
-        carry = programs(options()).one(*fixed, np.int32(t), carry)
+        carry = programs(compiler_options()).one(*fixed, np.int32(t), carry)
     return carry
 
 

@@ -47,7 +47,7 @@ def _judge(model, threat, x, y, epsilon, x_adv, keys):
     return jax.vmap(predictions)(logits), margin, inside
 
 
-def options() -> tuple[tuple[str, bool | str], ...]:
+def compiler_options() -> tuple[tuple[str, bool | str], ...]:
     """Compiler options for convolutions in evaluations, as items.
 
     oneDNN's, but none where a compilation cache is set: programs that call oneDNN
@@ -156,7 +156,7 @@ def judge(
     for shape in plan(len(x), driver.shapes):
         count = min(shape, len(x) - begin)
         here = [pad(a[begin : begin + count], shape) for a in (x, y, epsilon, x_adv)]
-        found = judging(options())(
+        found = judging(compiler_options())(
             driver.model, driver.threat, *driver.put(here), driver.keys
         )
         prediction, _, inside = fetch(found)

@@ -292,11 +292,11 @@ def test_a_plan_holds_all_rows_and_little_else(count):
 def test_no_shape_is_compiled_twice():
     few = {"suite": ("apgd-ce", "apgd-t", "fab-t"), "batch_size": 4}  # one shape
     evaluate(**few)
-    before = driver.programs(judge.options()).advance._cache_size()
+    before = driver.programs(judge.compiler_options()).advance._cache_size()
     evaluate(**few)
     evaluate(make_net(7), threat=rj.linf(0.02), key=jax.random.key(1), **few)
     evaluate(x=X[:9], y=Y[:9], **few)
-    assert driver.programs(judge.options()).advance._cache_size() == before
+    assert driver.programs(judge.compiler_options()).advance._cache_size() == before
 
 
 def test_with_a_compilation_cache_no_program_calls_onednn(monkeypatch, tmp_path):
@@ -304,9 +304,9 @@ def test_with_a_compilation_cache_no_program_calls_onednn(monkeypatch, tmp_path)
     cached = jax.config.jax_compilation_cache_dir
     try:
         jax.config.update("jax_compilation_cache_dir", None)
-        assert judge.options() == (("onednn", True),)
+        assert judge.compiler_options() == (("onednn", True),)
         jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-        assert judge.options() == ()
+        assert judge.compiler_options() == ()
     finally:
         jax.config.update("jax_compilation_cache_dir", cached)
 
@@ -317,7 +317,10 @@ def test_the_live_line_knows_what_is_left(monkeypatch):
         runner.Live, "stage", lambda self, threat, began, news: told.append(news)
     )
     names = ("apgd-ce", "apgd-t", "fab-t")
-    report = evaluate(suite=names, batch_size=4)  # groups of 16 rows
+    x, y = np.concatenate([X, X]), np.concatenate([Y, Y])
+    report = evaluate(suite=names, batch_size=4, x=x, y=y)  # three groups of 16 rows
+    (first, *_) = report.threats["threat"].broken_by.values()
+    assert first[:16].any() and first[16:32].any()
     assert [name for name in names if any(t.name == name for t in told)] == [*names]
     for before, after in itertools.pairwise(told):
         assert after.alive <= before.alive and after.done >= before.done
