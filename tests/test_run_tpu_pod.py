@@ -43,7 +43,9 @@ chmod +x .venv/bin/python
 """
 EXPERIMENT = """
 import pathlib, sys
-out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+# A mark for each worker: they share the folder, and either may come first.
+worker = pathlib.Path.cwd().parent.name
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1], worker)
 done = out.exists()
 out.mkdir(parents=True, exist_ok=True)
 print("arguments", sys.argv[1:], "again" if done else "first")
