@@ -10,11 +10,14 @@ processor: a program for one may use instructions that another lacks.
 Who sets JAX's own JAX_COMPILATION_CACHE_DIR or JAX_ENABLE_COMPILATION_CACHE is left
 alone. Several processes may share the folder: JAX knows a program by its text, its
 options and the versions, an entry that it cannot read (half written, damaged) is
-compiled anew, and of a run of several processes only process 0 writes.
+compiled anew, and of a run of several processes only process 0 writes. On CPU a
+training step that calls oneDNN (`models.convolution_options()`) is compiled at every
+start: JAX cannot keep such a program.
 """
 
 import os
 import platform
+import warnings
 import zlib
 from pathlib import Path
 
@@ -54,6 +57,10 @@ def turn_on() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(where))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+    # A step with `models.convolution_options()` calls oneDNN and cannot be kept: JAX
+    # says so at every start, of a thing that nobody can mend.
+    said = "Error writing persistent compilation cache entry .*bad_alloc"
+    warnings.filterwarnings("ignore", said, UserWarning)
 
 
 def _processor() -> str:

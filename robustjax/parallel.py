@@ -236,6 +236,16 @@ def put_rows(tree: PyTree, mesh: Mesh | None) -> PyTree:
     )
 
 
+def put_shared(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """Place what every row reads, equal in all processes: on all devices of a mesh."""
+    return put_global(tree, None if mesh is None else replicated(mesh))
+
+
+def put_split(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """Divide the rows of arrays that every process holds in full over the devices."""
+    return put_global(tree, None if mesh is None else split_rows(mesh))
+
+
 def _put_leaf(leaf: Any, sharding: NamedSharding) -> jax.Array:
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _put_leaf(jax.random.key_data(leaf), sharding)

@@ -79,6 +79,7 @@ def bracket(
     key: Key | None = None,
     batch_size: int = 256,
     index: Any = None,
+    mesh: Any = None,
 ) -> Bracket:
     """Per example: certified radius, and the smallest adversarial perturbation found.
 
@@ -94,7 +95,8 @@ def bracket(
         net's global Lipschitz constants.
       num_bisections: PGD runs after the first one, at the largest budget.
       fab_steps: steps of FAB for each of the best other classes; 0: no FAB.
-      key, batch_size, index: see `attack`.
+      key, batch_size, index, mesh: see `attack`. The certified radii are computed on
+        one device.
 
     Returns:
       `Bracket`.
@@ -126,7 +128,7 @@ def bracket(
     f, _ = prepare_model(logits_fn, x, y, batch_size)
 
     def judge(points: np.ndarray) -> np.ndarray:
-        return answers(f, points, key_judge, batch_size) != y
+        return answers(f, points, key_judge, batch_size, mesh) != y
 
     wrong = judge(x)
     limit = np.broadcast_to(np.asarray(threat.epsilon, np.float64), y.shape)
@@ -142,6 +144,7 @@ def bracket(
             key=jax.random.fold_in(key_pgd, i),
             batch_size=batch_size,
             index=index,
+            mesh=mesh,
         ).x_adv
         x_adv = np.asarray(x_adv)
         broken = judge(x_adv)
@@ -157,6 +160,7 @@ def bracket(
             key=key_fab,
             batch_size=batch_size,
             index=index,
+            mesh=mesh,
         )
         found = np.minimum(found, curve.distance)
     found = np.where(wrong, 0.0, found)

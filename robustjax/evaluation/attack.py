@@ -15,6 +15,7 @@ from robustjax.evaluation import checks as inputs
 from robustjax.evaluation.judge import pad
 from robustjax.evaluation.prepare import batches, of_rows, prepare_model
 from robustjax.losses import cross_entropy
+from robustjax.parallel import fetch, put_shared, put_split
 from robustjax.problems import untargeted
 from robustjax.threats import ThreatModel
 from robustjax.types import Array, Key, LossFn
@@ -34,6 +35,7 @@ def attack(
     key: Key | None = None,
     batch_size: int = 256,
     index: Any = None,
+    mesh: Any = None,
 ) -> Result:
     """Attack N examples: the shortest way from a model to adversarial examples.
 
@@ -53,6 +55,8 @@ def attack(
         the rounding of sums, and for random models: they draw by position).
       index: `[N]` integers, which example of its data set each row is. Give it when you
         attack a subset or another order: the same example then draws the same noise.
+      mesh: `parallel.data_mesh(...)`: split the rows over devices, `batch_size` rows on
+        each.
 
     Returns:
       `Result` for all N rows: `x_adv`, `success` (the prediction differs from `y`),
@@ -71,14 +75,16 @@ def attack(
     key = inputs.check_key(key)
     inputs.check_attack_fn(attack_fn)
     f, _ = prepare_model(logits_fn, x, y, batch_size)
+    f, key = put_shared((f, key), mesh)
     results = []
-    for rows, count, padded in batches(len(x), batch_size):
+    for rows, count, padded in batches(len(x), batch_size, mesh):
         here = of_rows(threat, rows)
         if np.ndim(here.epsilon):
-            here = dataclasses.replace(here, epsilon=pad(here.epsilon, padded))
-        arrays = [pad(array[rows], padded) for array in (x, y, index)]
+            epsilon = put_split(pad(here.epsilon, padded), mesh)
+            here = dataclasses.replace(here, epsilon=epsilon)
+        arrays = put_split([pad(array[rows], padded) for array in (x, y, index)], mesh)
         result = _attack_batch(attack_fn, loss, f, *arrays, here, key)
-        results.append(jax.tree.map(lambda a, n=count: np.asarray(a)[:n], result))
+        results.append(jax.tree.map(lambda a, n=count: a[:n], fetch(result)))
     return jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts)), *results)
 
 

@@ -44,6 +44,7 @@ def minimal_norm_curve(
     key: Key | None = None,
     batch_size: int = 256,
     index: Any = None,
+    mesh: Any = None,
 ) -> Curve:
     """One run of targeted FAB without a budget gives the whole curve.
 
@@ -51,7 +52,7 @@ def minimal_norm_curve(
     Reference: Croce and Hein, arXiv 1907.02044.
 
     Args:
-      logits_fn, x, y, key, batch_size, index: see `evaluate`.
+      logits_fn, x, y, key, batch_size, index, mesh: see `evaluate`.
       threat: norm and box; its epsilon is where the returned budgets end (64 of them,
         evenly spaced).
       num_steps: of each run.
@@ -64,7 +65,7 @@ def minimal_norm_curve(
     >>> curve.distance.round(2).tolist()
     [0.05, 0.4]
     """
-    board = _board(logits_fn, x, y, threat, key, batch_size, index)
+    board = _board(logits_fn, x, y, threat, key, batch_size, index, mesh)
     distance = np.where(board.correct, np.inf, 0.0)
     settings = fab.fab_settings(targeted=True)
     stage = Stage(
@@ -107,11 +108,13 @@ def sweep_curve(
     batch_size: int = 256,
     index: Any = None,
     image_axes: str | None = "HWC",
+    mesh: Any = None,
 ) -> Curve:
     """A suite at each budget, from the smallest; who has fallen stays fallen.
 
     Args:
-      logits_fn, x, y, suite, key, batch_size, index, image_axes: see `evaluate`.
+      logits_fn, x, y, suite, key, batch_size, index, image_axes, mesh: see
+        `evaluate`.
       threat: norm and box.
       epsilons: budgets.
 
@@ -141,6 +144,7 @@ def sweep_curve(
             index=index[left],
             checks="none",
             image_axes=image_axes,
+            mesh=mesh,
             progress=False,
         )
         found = next(iter(report.threats.values()))
@@ -158,16 +162,16 @@ def _curve(epsilon: np.ndarray, distance: np.ndarray) -> Curve:
     return Curve(epsilon, (beyond & ~wrong[None]).mean(1), distance)
 
 
-def _board(logits_fn, x, y, threat, key, batch_size, index) -> Board:
+def _board(logits_fn, x, y, threat, key, batch_size, index, mesh) -> Board:
     x, y, index = checks.check_inputs(x, y, threat, index, batch_size)
     f, looped = prepare_model(logits_fn, x, y, batch_size)
     key_judge, key_attack = jax.random.split(checks.check_key(key))
     driver = Driver(
         Model(f, jnp.float32(1)),
         dataclasses.replace(threat, epsilon=0.0),
-        ladder(batch_size, len(x)),
+        ladder(batch_size, len(x), 1 if mesh is None else mesh.size),
         looped,
-        None,
+        mesh,
         key_judge[None],
     )
     logits = clean_logits(driver, x, np.argsort(index, kind="stable"))

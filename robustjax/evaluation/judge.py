@@ -10,7 +10,7 @@ import numpy as np
 
 from robustjax import losses, threats
 from robustjax.models.compiling import convolution_options, quick_options
-from robustjax.parallel import fetch, put_global, replicated, split_rows
+from robustjax.parallel import fetch, put_shared, put_split
 from robustjax.problems import predictions
 from robustjax.threats import ThreatModel
 from robustjax.types import Array, Key, LogitsFn, PyTree
@@ -100,11 +100,11 @@ class Driver(NamedTuple):
 
     def put(self, tree: PyTree) -> PyTree:
         """Rows to the device, or divided over the devices."""
-        return put_global(tree, None if self.mesh is None else split_rows(self.mesh))
+        return put_split(tree, self.mesh)
 
     def share(self, tree: PyTree) -> PyTree:
         """What every row reads: on the device, or on all of them."""
-        return put_global(tree, None if self.mesh is None else replicated(self.mesh))
+        return put_shared(tree, self.mesh)
 
 
 def ladder(batch_size: int, count: int, devices: int = 1) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from robustjax.attacks.base import AttackFn, Result
 from robustjax.evaluation import checks as inputs
 from robustjax.evaluation.judge import Driver, pad, plan
 from robustjax.models.canonical import canonicalize
-from robustjax.parallel import fetch
+from robustjax.parallel import fetch, put_shared, put_split
 from robustjax.problems import predictions, takes_key, untargeted
 from robustjax.threats import ThreatModel
 from robustjax.types import Array, Key
@@ -95,9 +95,15 @@ def _without_key(f: Callable[..., Array], x: Array, key: Key | None = None) -> A
     return f(x)
 
 
-def batches(size: int, batch_size: int) -> Iterator[tuple[slice, int, int]]:
-    """Slices of equal shape over `size` rows: `(rows, how many count, padded to)`."""
-    padded = min(batch_size, size)
+def batches(
+    size: int, batch_size: int, mesh: Any = None
+) -> Iterator[tuple[slice, int, int]]:
+    """Slices of equal shape over `size` rows: `(rows, how many count, padded to)`.
+
+    A mesh's devices have at most `batch_size` rows each, and equally many.
+    """
+    devices = 1 if mesh is None else mesh.size
+    padded = devices * min(batch_size, -(-size // devices))
     for begin in range(0, size, padded):
         yield slice(begin, begin + padded), min(padded, size - begin), padded
 
@@ -141,10 +147,13 @@ def _answer(f: Any, x: Array, key: Key) -> Array:
         return predictions(f(x, key).astype(jnp.float32))
 
 
-def answers(f: Any, x: np.ndarray, key: Key, batch_size: int) -> np.ndarray:
+def answers(
+    f: Any, x: np.ndarray, key: Key, batch_size: int, mesh: Any = None
+) -> np.ndarray:
     """`[N]` predictions of a prepared model at matmul precision `highest`; -1: NaN."""
+    f, key = put_shared((f, key), mesh)
     parts = [
-        np.asarray(_answer(f, pad(x[rows], padded), key))[:count]
-        for rows, count, padded in batches(len(x), batch_size)
+        fetch(_answer(f, put_split(pad(x[rows], padded), mesh), key))[:count]
+        for rows, count, padded in batches(len(x), batch_size, mesh)
     ]
     return np.concatenate(parts)

@@ -17,6 +17,7 @@ from robustjax.certify.radius import (
     vector_radius,
 )
 from robustjax.certify.trace import trace
+from robustjax.parallel import data_mesh
 
 NORMS = ("Linf", "L2", "L1")
 STEEPEST = {"Linf": np.sign, "L2": lambda w: w / np.linalg.norm(w)}
@@ -150,6 +151,17 @@ def test_brackets_close_on_linear_nets(norm):
     assert "certified" in found.table([0.0, 0.1])
     figure = brackets.draw_bracket(found, "a linear net")
     assert figure.axes[0].get_title("left") == "a linear net"
+
+
+def test_four_devices_give_the_bracket_of_one():
+    w, b, x, y = linear_net(count=10)
+    given = logits_of(w, b), x, y, rj.l2(2.0, -9.0, 9.0)
+    asked = {"num_bisections": 3, "fab_steps": 3}
+    one = bracket(*given, **asked)
+    four = bracket(*given, **asked, mesh=data_mesh(jax.devices()[:4]), batch_size=2)
+    np.testing.assert_array_equal(four.correct, one.correct)
+    np.testing.assert_allclose(four.found, one.found, rtol=1e-4)
+    assert np.isfinite(one.found).sum() >= 3
 
 
 def test_a_radius_that_is_too_large_fails_loudly():

@@ -1,11 +1,13 @@
 """Curves of accuracy against epsilon on linear models, whose distances are known."""
 
+import jax
 import numpy as np
 import pytest
 from scipy import optimize
 
 import robustjax as rj
 from robustjax import testing
+from robustjax.parallel import data_mesh
 
 ORACLE = testing.linear_oracle("L2", batch_size=10, box_active=True, seed=4)
 
@@ -47,6 +49,14 @@ def test_a_sweep_agrees_where_it_looks():
         suite=("apgd-ce",),
         batch_size=10,
     )
+    four = rj.sweep_curve(
+        ORACLE.logits_fn,
+        *(ORACLE.x, ORACLE.y, rj.l2(1.0), epsilons),
+        suite=("apgd-ce",),
+        batch_size=2,
+        mesh=data_mesh(jax.devices()[:4]),
+    )
+    np.testing.assert_array_equal(four.accuracy, curve.accuracy)
     truth = distances()
     assert curve.epsilon.tolist() == pytest.approx(sorted(epsilons))
     for epsilon, accuracy in zip(curve.epsilon, curve.accuracy, strict=True):

@@ -11,6 +11,7 @@ import robustjax as rj
 from robustjax import testing
 from robustjax.attacks.pgd import fgsm
 from robustjax.evaluation.attack import PGD, _attack_batch
+from robustjax.parallel import data_mesh
 
 ORACLE = testing.linear_oracle("Linf", batch_size=10, box_active=True, seed=3)
 QUIET = {"progress": False, "checks": "none"}
@@ -57,6 +58,19 @@ def test_batch_size_and_padding_change_nothing(batch_size):
     assert cut.x_adv.shape == whole.x_adv.shape
     np.testing.assert_allclose(cut.x_adv, whole.x_adv, atol=1e-5)
     np.testing.assert_array_equal(cut.success, whole.success)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_four_devices_find_what_one_finds(batch_size):
+    given = ORACLE.logits_fn, ORACLE.x, ORACLE.y
+    each = rj.linf(np.linspace(0.5, 1.5, 10) * float(ORACLE.threat.epsilon))
+    for threat in (ORACLE.threat, each):
+        one = rj.attack(*given, threat)
+        mesh = data_mesh(jax.devices()[:4])
+        four = rj.attack(*given, threat, batch_size=batch_size, mesh=mesh)
+        assert four.x_adv.shape == one.x_adv.shape  # 10 rows: padded, cut again
+        np.testing.assert_allclose(four.x_adv, one.x_adv, atol=1e-5)
+        np.testing.assert_array_equal(four.success, one.success)
 
 
 def test_a_subset_with_its_index_gets_the_same_noise():
