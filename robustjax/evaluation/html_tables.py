@@ -108,12 +108,13 @@ def _costs(stages: list[Any], broken: int) -> list[str]:
         sum(getattr(s, n) for s in stages) for n in ("forward", "backward")
     )
     executed = sum(s.executed_forward + s.executed_backward for s in stages)
+    passes = ["-"] * 4  # those of a user's own attack are not known
+    if executed:
+        each = count((forward + backward) / broken) if broken else "-"
+        passes = [count(forward), count(backward), count(executed), each]
     return [
         f"{max(s.points for s in stages):,}",
-        count(forward),
-        count(backward),
-        count(executed),
-        count((forward + backward) / broken) if broken else "-",
+        *passes,
         f"{sum(s.seconds for s in stages):.1f}",
     ]
 

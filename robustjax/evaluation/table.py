@@ -123,17 +123,21 @@ def _blocks(report: "Report") -> list[str]:
     return lines[:-1] if len(report.threats) == 1 else lines
 
 
+BOTH_WAYS = ("forward", "backward")
+
+
 def _costs(found: "ThreatReport", attack: str | None) -> list[str]:
     """Points, passes and seconds of one attack's stages; None: of all."""
     stages = [s for s in found.stages if attack in (None, s.name)]
     if not stages:
         return [""] * 5
+    forward, backward = (sum(getattr(s, n) for s in stages) for n in BOTH_WAYS)
     executed = sum(s.executed_forward + s.executed_backward for s in stages)
+    # The passes of a user's own attack are not known.
+    passes = (forward, backward, executed) if executed else (None, None, None)
     return [
         str(max(s.points for s in stages)),
-        count(sum(s.forward for s in stages)),
-        count(sum(s.backward for s in stages)),
-        count(executed),
+        *("-" if n is None else count(n) for n in passes),
         f"{sum(s.seconds for s in stages):.1f}",
     ]
 

@@ -13,7 +13,7 @@ import pytest
 import scipy.stats
 from matplotlib.image import imread
 
-from robustjax.evaluation import gallery, html, inline
+from robustjax.evaluation import gallery, html, html_tables, inline
 from robustjax.evaluation.checks import Flag
 from robustjax.evaluation.intervals import wilson
 from robustjax.evaluation.report import Report, StageCost, ThreatReport
@@ -451,6 +451,15 @@ def test_print():
     assert re.search(r"^after two +0\.200 +0\.200$", str(plain), re.M)
     own = report(threats={"a": found(stages=(), individual=True)})
     assert re.search(r"^two +0\.600$", str(own), re.M)
+
+
+def test_passes_of_an_own_attack_are_not_called_0():
+    mine = StageCost("mine", 4, 2, 0, 0, 0, 0, 1.5)
+    one = report(threats={"a": found(stages=(mine,))})
+    assert re.search(r"^mine +2 +4 +- +- +- +1\.5$", str(one), re.M)
+    cells = re.search(r"<tr><td>mine</td>.*?</tr>", html_tables.attacks(one, "a"))
+    assert cells is not None
+    assert re.findall("<td>([^<]*)</td>", cells[0])[-6:] == ["4", *["-"] * 4, "1.5"]
 
 
 def test_ticks_are_round_and_inside():
