@@ -457,7 +457,9 @@ def test_passes_of_an_own_attack_are_not_called_0():
     mine = StageCost("mine", 4, 2, 0, 0, 0, 0, 1.5)
     one = report(threats={"a": found(stages=(mine,))})
     assert re.search(r"^mine +2 +4 +- +- +- +1\.5$", str(one), re.M)
-    cells = re.search(r"<tr><td>mine</td>.*?</tr>", html_tables.attacks(one, "a"))
+    cells = re.search(
+        r"<tr><td class=text>mine</td>.*?</tr>", html_tables.attacks(one, "a")
+    )
     assert cells is not None
     assert re.findall("<td>([^<]*)</td>", cells[0])[-6:] == ["4", *["-"] * 4, "1.5"]
 
