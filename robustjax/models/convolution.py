@@ -131,9 +131,9 @@ def _convolution_backward(
         return lax.platform_dependent(*residuals, g, default=default, **rules)
 
     def for_tpu(x: Array, kernel: Array, g: Array) -> Array:
-        return tpu_input_gradient(kernel, g, geometry)
+        return tpu_input_gradient(x.shape, kernel, g, geometry)
 
-    is_dense = geometry.strides == (1, 1)
+    is_dense = geometry.strides == (1, 1) or _skips_pixels(residuals[1], geometry)
     return (
         choose(
             by_input,
@@ -168,28 +168,49 @@ def packed(kernel: Array) -> Array:
     return lax.optimization_barrier(matrix).reshape(kernel.shape)
 
 
-def tpu_input_gradient(kernel: Array, g: Array, geometry: Geometry) -> Array:
-    """Input gradient of a convolution without strides, in the form for TPUs.
+def _skips_pixels(kernel: Array, geometry: Geometry) -> bool:
+    """Whether it is a matrix product on every s-th pixel: 1 x 1, with a stride."""
+    return kernel.shape[:2] == (1, 1) and geometry.padding == ((0, 0), (0, 0))
+
+
+def tpu_input_gradient(
+    shape: tuple[int, ...], kernel: Array, g: Array, geometry: Geometry
+) -> Array:
+    """Input gradient of a convolution without strides, or 1 x 1, in the form for TPUs.
 
     The cotangent against the kernel turned by 180 degrees, its channels swapped and
     packed. The barrier before the cotangent keeps the compiler from computing the
     convolution that made it once more inside of this one: for 128 images that took four
-    times as long as the two in turn (docs/plan.md).
+    times as long as the two in turn (docs/plan.md). Of a strided 1 x 1 kernel the zeros
+    between the pixels come after the product, not before it.
 
     Args:
+        shape: of the input, `[B, H, W, C]`.
         kernel: `[h, w, C, O]`.
         g: cotangent `[B, H', W', O]`.
-        geometry: of the convolution; strides and dilations are 1.
+        geometry: of the convolution; dilations are 1, strides too unless h = w = 1
+            without padding.
 
     Returns:
         `[B, H, W, C]`.
 
     >>> import jax.numpy as jnp
     >>> kernel, g = jnp.ones((3, 3, 2, 5)), jnp.ones((1, 4, 4, 5))
-    >>> tpu_input_gradient(kernel, g, Geometry(padding=((1, 1), (1, 1)))).shape
+    >>> geometry = Geometry(padding=((1, 1), (1, 1)))
+    >>> tpu_input_gradient((1, 4, 4, 2), kernel, g, geometry).shape
     (1, 4, 4, 2)
     """
     turned = packed(jnp.transpose(jnp.flip(kernel, (0, 1)), (0, 1, 3, 2)))
+    if geometry.strides != (1, 1):
+        out = direct(g, turned, Geometry(precision=geometry.precision))
+        # (before, after, between): what the stride skipped.
+        holes = [
+            (0, size - (count - 1) * stride - 1, stride - 1)
+            for size, count, stride in zip(
+                shape[1:3], g.shape[1:3], geometry.strides, strict=True
+            )
+        ]
+        return lax.pad(out, jnp.zeros((), out.dtype), ((0, 0, 0), *holes, (0, 0, 0)))
     pads = [
         (size - 1 - low, size - 1 - high)
         for size, (low, high) in zip(kernel.shape[:2], geometry.padding, strict=True)

@@ -147,6 +147,20 @@ def activate(x: Array, activation: str) -> Array:
     raise ValueError(f"activation={activation!r}: choose 'relu', 'silu' or 'gelu'.")
 
 
+def cast(kernel: Array, dtype: Any) -> Array:
+    """`kernel.astype(dtype)`, bit for bit.
+
+    To bfloat16 the rounding is written by itself: the TPU compiler then makes a fusion
+    of it, which it estimates at 60 % of a conversion alone (docs/plan.md).
+
+    >>> cast(jnp.ones(2), jnp.bfloat16).dtype
+    dtype(bfloat16)
+    """
+    if dtype == jnp.bfloat16 and kernel.dtype == jnp.float32:
+        kernel = jax.lax.reduce_precision(kernel, exponent_bits=8, mantissa_bits=7)
+    return kernel.astype(dtype)
+
+
 class Conv(nn.Module):
     """A convolution: float32 weights, computed in `dtype`, fast in loops on CPU."""
 
@@ -170,7 +184,7 @@ class Conv(nn.Module):
             pads = ((pads, pads), (pads, pads))
         out = conv2d(
             x.astype(self.dtype),
-            kernel.astype(self.dtype),
+            cast(kernel, self.dtype),
             (self.stride, self.stride),
             pads,
             convolution=self.convolution,
@@ -192,7 +206,7 @@ class Dense(nn.Module):
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        out = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        out = x.astype(self.dtype) @ cast(kernel, self.dtype)
         shape = (1,) * (out.ndim - 1) + (-1,)
         return out + bias.astype(self.dtype).reshape(shape)
 

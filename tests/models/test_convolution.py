@@ -211,8 +211,30 @@ def test_the_rule_for_tpus_is_the_gradient(pads):
         kernel = jax.random.normal(jax.random.key(1), (3, 2, 5, 4), jnp.float64)
         out, pull = jax.vjp(lambda x: direct(x, kernel, geometry), x)
         g = jax.random.normal(jax.random.key(2), out.shape, jnp.float64)
-        found = tpu_input_gradient(kernel, g, geometry)
+        found = tpu_input_gradient(x.shape, kernel, g, geometry)
         np.testing.assert_allclose(found, pull(g)[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size, strides", (((8, 6), (2, 2)), ((7, 5), (2, 3))))
+def test_of_a_strided_pixel_product_too(size, strides):
+    geometry = Geometry(strides)
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(0), (2, *size, 5), jnp.float64)
+        kernel = jax.random.normal(jax.random.key(1), (1, 1, 5, 4), jnp.float64)
+        out, pull = jax.vjp(lambda x: direct(x, kernel, geometry), x)
+        g = jax.random.normal(jax.random.key(2), out.shape, jnp.float64)
+        found = tpu_input_gradient(x.shape, kernel, g, geometry)
+        np.testing.assert_allclose(found, pull(g)[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel_size, dilated", ((1, False), (3, True)))
+def test_programs_for_tpus_have_no_holes_under_pixel_products(kernel_size, dilated):
+    x, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((kernel_size, kernel_size, 2, 3))
+    gradient = jax.jit(
+        jax.grad(lambda x: jnp.sum(jnp.square(conv2d(x, kernel, (2, 2)))))
+    )
+    text = gradient.trace(x).lower(lowering_platforms=("tpu",)).as_text()
+    assert ("lhs_dilate = [2, 2]" in text) is dilated
 
 
 def test_programs_for_tpus_pack_kernels_and_others_do_not():

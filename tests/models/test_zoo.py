@@ -14,6 +14,7 @@ from robustjax.models.layers import (
     BatchNorm,
     _normalize_batch,
     average_pool,
+    cast,
     max_pool,
     normalize,
 )
@@ -223,6 +224,22 @@ def test_pooling_agrees_with_reduce_window_and_shares_ties():
     np.testing.assert_allclose(
         average_pool(x, 3), x[:, :6, :6].reshape(2, 2, 3, 2, 3, 3).mean((2, 4)), 1e-5
     )
+
+
+def test_a_kernel_is_cast_as_astype_casts_it():
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2**32, 4096, dtype=np.uint64).astype("uint32")
+    special = [np.inf, -np.inf, 0.0, -0.0, 3.4e38, 1e-40, 1 + 2**-8, 1 + 3 * 2**-8]
+    kernel = np.concatenate([bits.view("float32"), np.float32(special)])
+    kernel = kernel[~np.isnan(kernel)]
+    for dtype in (jnp.bfloat16, jnp.float32):
+        found = jax.jit(lambda k, dtype=dtype: cast(k, dtype))(kernel)
+        expected = jnp.asarray(kernel).astype(dtype)
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(
+            np.asarray(found, "float32").view("uint32"),
+            np.asarray(expected, "float32").view("uint32"),
+        )
 
 
 def test_bad_arguments_say_the_fix():
