@@ -144,6 +144,7 @@ def main(config: Config) -> dict[str, Any]:
         ),
         out=config.out,
         config=common.training_part(config),
+        compiler_options=models.tpu_options(),
         **options,
     )
     report = rj.evaluate(

@@ -313,6 +313,15 @@ def test_tables_show_the_chips_that_are_asked_for(main):
     assert main.counts(main.arguments(["madry_cifar"]), 8) == [1, 2, 4, 8]
 
 
+def test_a_plan_has_the_options_of_training(main):
+    tiles = {"xla_tpu_scoped_vmem_limit_kib": "32768"}
+    assert main.compiler_options("TPU v5 lite", []) == tiles
+    assert main.compiler_options("TPU v5 lite", ["a=b=c"]) == {**tiles, "a": "b=c"}
+    without = ["xla_tpu_scoped_vmem_limit_kib=", "a=1"]
+    assert main.compiler_options("TPU v5 lite", without) == {"a": "1"}
+    assert main.compiler_options("TPU v4", []) == {}
+
+
 @pytest.mark.slow
 def test_a_small_net_is_planned_by_the_real_compiler(tmp_path):
     if importlib.util.find_spec("libtpu") is None:

@@ -7,6 +7,7 @@ from robustjax.models.base import logits_fn as logits_fn
 from robustjax.models.cifar_resnet import resnet18 as resnet18
 from robustjax.models.cifar_resnet import resnet50 as resnet50
 from robustjax.models.compiling import convolution_options as convolution_options
+from robustjax.models.compiling import tpu_options as tpu_options
 from robustjax.models.convolution import conv2d as conv2d
 from robustjax.models.deepmind import dm_preact_resnet18 as dm_preact_resnet18
 from robustjax.models.deepmind import dm_wide_resnet as dm_wide_resnet

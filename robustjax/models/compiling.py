@@ -1,4 +1,4 @@
-"""Compiler options that make convolutions faster on CPU, where jaxlib knows them."""
+"""Compiler options that make nets faster on CPU and TPU, where jaxlib knows them."""
 
 import functools
 
@@ -11,10 +11,37 @@ ONEDNN = {
 }
 """Convolutions by oneDNN instead of Eigen and YNNPACK; matrix products as they are."""
 
+LARGER_TILES = {"xla_tpu_scoped_vmem_limit_kib": "32768"}
+"""Twice the fast memory of a v5e that one fusion may take."""
+
+
+def tpu_options(kind: str | None = None) -> dict[str, str]:
+    """Options under which products and convolutions have larger tiles on a TPU.
+
+    By the TPU compiler's estimates for a v5e (docs/plan.md); not run on one. Only for
+    kinds that were looked at.
+
+    Args:
+        kind: a device's `device_kind`; None: that of this process' first device.
+
+    Returns:
+        Options for `jax.jit(f, compiler_options=...)`; `{}` for other kinds.
+
+    >>> tpu_options("TPU v5 lite")
+    {'xla_tpu_scoped_vmem_limit_kib': '32768'}
+    >>> tpu_options("cpu")
+    {}
+    """
+    if kind is None:
+        kind = jax.devices()[0].device_kind
+    return dict(LARGER_TILES) if kind == "TPU v5 lite" else {}
+
 
 @functools.cache
 def convolution_options() -> dict[str, bool | str]:
-    """Options for `jax.jit(f, compiler_options=...)` under which oneDNN convolves.
+    """Options for `jax.jit(f, compiler_options=...)` under which convolutions are fast.
+
+    On CPU oneDNN's; on TPU `tpu_options`.
 
     Measured (JAX 0.12, one core of two, batch 128, medians of CPU ms in turn, huge
     pages): the PGD-7 training step of PreActResNet-18 of width 16 took 968 instead of
@@ -32,13 +59,13 @@ def convolution_options() -> dict[str, bool | str]:
     >>> float(f(1.0))
     2.0
     """
-    if jax.default_backend() != "cpu":
-        return {}
+    platform = jax.default_backend()
+    options = {"cpu": lambda: dict(ONEDNN), "tpu": tpu_options}.get(platform, dict)()
     try:
-        jax.jit(jnp.negative, compiler_options=ONEDNN).lower(1.0).compile()
+        jax.jit(jnp.negative, compiler_options=options).lower(1.0).compile()
     except Exception:  # what an unknown option raises differs between versions
         return {}
-    return dict(ONEDNN)
+    return options
 
 
 @functools.cache

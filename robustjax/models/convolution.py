@@ -131,14 +131,13 @@ def _convolution_backward(
         return lax.platform_dependent(*residuals, g, default=default, **rules)
 
     def for_tpu(x: Array, kernel: Array, g: Array) -> Array:
-        return tpu_input_gradient(x.shape, kernel, g, geometry)
+        return tpu_input_gradient(x, kernel, g, geometry)
 
-    is_dense = geometry.strides == (1, 1) or _skips_pixels(residuals[1], geometry)
     return (
         choose(
             by_input,
             cpu=lambda x, k, g: _input_gradient(x, k, g, geometry),
-            tpu=for_tpu if is_dense else by_input,
+            tpu=for_tpu,
         ),
         choose(
             by_kernel, cpu=lambda x, k, g: _kernel_gradient(geometry, k.shape, x, g)
@@ -168,28 +167,22 @@ def packed(kernel: Array) -> Array:
     return lax.optimization_barrier(matrix).reshape(kernel.shape)
 
 
-def _skips_pixels(kernel: Array, geometry: Geometry) -> bool:
-    """Whether it is a matrix product on every s-th pixel: 1 x 1, with a stride."""
-    return kernel.shape[:2] == (1, 1) and geometry.padding == ((0, 0), (0, 0))
+def tpu_input_gradient(x: Array, kernel: Array, g: Array, geometry: Geometry) -> Array:
+    """Input gradient of a convolution, in the form for TPUs.
 
+    Without strides: the cotangent against the kernel turned by 180 degrees, its
+    channels swapped and packed. 1 x 1 with strides: likewise, and the zeros between the
+    pixels come after the product, not before it. Else as JAX writes it.
 
-def tpu_input_gradient(
-    shape: tuple[int, ...], kernel: Array, g: Array, geometry: Geometry
-) -> Array:
-    """Input gradient of a convolution without strides, or 1 x 1, in the form for TPUs.
-
-    The cotangent against the kernel turned by 180 degrees, its channels swapped and
-    packed. The barrier before the cotangent keeps the compiler from computing the
-    convolution that made it once more inside of this one: for 128 images that took four
-    times as long as the two in turn (docs/plan.md). Of a strided 1 x 1 kernel the zeros
-    between the pixels come after the product, not before it.
+    The barrier before the cotangent keeps the compiler from computing the convolution
+    that made it once more inside of this one: for 128 images that took four times as
+    long as the two in turn (docs/plan.md).
 
     Args:
-        shape: of the input, `[B, H, W, C]`.
+        x: inputs `[B, H, W, C]`; only the shape counts.
         kernel: `[h, w, C, O]`.
         g: cotangent `[B, H', W', O]`.
-        geometry: of the convolution; dilations are 1, strides too unless h = w = 1
-            without padding.
+        geometry: of the convolution; dilations are 1.
 
     Returns:
         `[B, H, W, C]`.
@@ -197,26 +190,29 @@ def tpu_input_gradient(
     >>> import jax.numpy as jnp
     >>> kernel, g = jnp.ones((3, 3, 2, 5)), jnp.ones((1, 4, 4, 5))
     >>> geometry = Geometry(padding=((1, 1), (1, 1)))
-    >>> tpu_input_gradient((1, 4, 4, 2), kernel, g, geometry).shape
+    >>> tpu_input_gradient(jnp.ones((1, 4, 4, 2)), kernel, g, geometry).shape
     (1, 4, 4, 2)
     """
+    g = lax.optimization_barrier(g)
+    size, strides = kernel.shape[:2], geometry.strides
+    pixelwise = size == (1, 1) and geometry.padding == ((0, 0), (0, 0))
+    if strides != (1, 1) and not pixelwise:
+        return jax.linear_transpose(lambda x: direct(x, kernel, geometry), x)(g)[0]
     turned = packed(jnp.transpose(jnp.flip(kernel, (0, 1)), (0, 1, 3, 2)))
-    if geometry.strides != (1, 1):
-        out = direct(g, turned, Geometry(precision=geometry.precision))
-        # (before, after, between): what the stride skipped.
-        holes = [
-            (0, size - (count - 1) * stride - 1, stride - 1)
-            for size, count, stride in zip(
-                shape[1:3], g.shape[1:3], geometry.strides, strict=True
-            )
-        ]
-        return lax.pad(out, jnp.zeros((), out.dtype), ((0, 0, 0), *holes, (0, 0, 0)))
     pads = [
-        (size - 1 - low, size - 1 - high)
-        for size, (low, high) in zip(kernel.shape[:2], geometry.padding, strict=True)
+        (k - 1 - low, k - 1 - high)
+        for k, (low, high) in zip(size, geometry.padding, strict=True)
     ]
     backward = Geometry(padding=(pads[0], pads[1]), precision=geometry.precision)
-    return direct(lax.optimization_barrier(g), turned, backward)
+    out = direct(g, turned, backward)
+    if strides == (1, 1):
+        return out
+    # (before, after, between): what the stride skipped.
+    holes = [
+        (0, n - (m - 1) * stride - 1, stride - 1)
+        for n, m, stride in zip(x.shape[1:3], g.shape[1:3], strides, strict=True)
+    ]
+    return lax.pad(out, jnp.zeros((), out.dtype), ((0, 0, 0), *holes, (0, 0, 0)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -50,7 +50,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--chips", type=int, nargs="+", help="rows of the tables; default: powers of 2")
     add("--search", action="store_true", help="try batches per chip and microbatches")
     add("--search-batches", type=int, nargs="+", default=(8, 16, 32, 64, 128, 256))
-    add("--option", action="append", default=[], help="compiler option NAME=VALUE")
+    text = "compiler option NAME=VALUE beside those of training; NAME= takes one away"
+    add("--option", action="append", default=[], help=text)
     add("--out", type=Path, help="default: runs/plan/EXPERIMENT_TOPOLOGY")
     add("--cache", type=Path, default=Path("~/.cache/robustjax/plans"))
     own, flags = argv, []
@@ -86,7 +87,7 @@ class Planner:
             "topology": topology,
             "per_device": per_device,
             "pieces": pieces,
-            "options": dict(text.split("=", 1) for text in options.option),
+            "options": compiler_options(self.chip.kind, options.option),
             "cache": str(options.cache.expanduser()),
         }
         label = f"{program} on {topology}, {per_device} per chip"
@@ -160,6 +161,13 @@ def check_trips(cost: Cost, steps: int, pieces: int) -> None:
             f"the compiled program has loops of {trips} trips, but the experiment's "
             f"attack takes {steps} steps: its cycles would be summed wrongly."
         )
+
+
+def compiler_options(kind: str, given: list[str]) -> dict[str, str]:
+    """Those that training on this kind of chip has, changed by what is given."""
+    models = importlib.import_module("robustjax.models")
+    options = models.tpu_options(kind) | dict(text.split("=", 1) for text in given)
+    return {name: value for name, value in options.items() if value}
 
 
 def powers(devices: int) -> list[int]:
@@ -297,7 +305,12 @@ def make(planner: Planner, options: argparse.Namespace, devices: int) -> dict[st
         "topology": options.topology,
         "devices": devices,
         "chip": planner.chip._asdict(),
-        "options": options.option,
+        "options": [
+            f"{name}={value}"
+            for name, value in compiler_options(
+                planner.chip.kind, options.option
+            ).items()
+        ],
     }
     per_device, pieces = options.batch_per_chip or 128, options.microbatches
     if options.search:

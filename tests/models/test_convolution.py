@@ -211,19 +211,23 @@ def test_the_rule_for_tpus_is_the_gradient(pads):
         kernel = jax.random.normal(jax.random.key(1), (3, 2, 5, 4), jnp.float64)
         out, pull = jax.vjp(lambda x: direct(x, kernel, geometry), x)
         g = jax.random.normal(jax.random.key(2), out.shape, jnp.float64)
-        found = tpu_input_gradient(x.shape, kernel, g, geometry)
+        found = tpu_input_gradient(x, kernel, g, geometry)
         np.testing.assert_allclose(found, pull(g)[0], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("size, strides", (((8, 6), (2, 2)), ((7, 5), (2, 3))))
-def test_of_a_strided_pixel_product_too(size, strides):
-    geometry = Geometry(strides)
+@pytest.mark.parametrize(
+    "edge, size, strides",
+    ((1, (8, 6), (2, 2)), (1, (7, 5), (2, 3)), (3, (8, 6), (2, 2))),
+)
+def test_of_a_strided_convolution_too(edge, size, strides):
+    pad = (edge // 2, edge // 2)
+    geometry = Geometry(strides, (pad, pad))
     with jax.enable_x64(True):
         x = jax.random.normal(jax.random.key(0), (2, *size, 5), jnp.float64)
-        kernel = jax.random.normal(jax.random.key(1), (1, 1, 5, 4), jnp.float64)
+        kernel = jax.random.normal(jax.random.key(1), (edge, edge, 5, 4), jnp.float64)
         out, pull = jax.vjp(lambda x: direct(x, kernel, geometry), x)
         g = jax.random.normal(jax.random.key(2), out.shape, jnp.float64)
-        found = tpu_input_gradient(x.shape, kernel, g, geometry)
+        found = tpu_input_gradient(x, kernel, g, geometry)
         np.testing.assert_allclose(found, pull(g)[0], rtol=1e-12, atol=1e-12)
 
 
