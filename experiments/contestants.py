@@ -102,8 +102,8 @@ def pgd(num_steps: int = STEPS) -> AttackFn:
 
 
 def inner(norm: str) -> AttackFn:
-    """PGD; under L1 APGD, as E-AT's authors train all their nets: in seven steps of
-    PGD's few coordinates a net learns to escape the attack."""
+    """PGD; under L1 APGD, as E-AT's authors: with seven steps of PGD, each on few
+    coordinates, a net learned nothing that holds (docs/results.md)."""
     return apgd(STEPS, large_epsilon_phases=False) if norm == "L1" else pgd()
 
 

@@ -228,12 +228,17 @@ def put_rows(tree: PyTree, mesh: Mesh | None) -> PyTree:
       `[B, ...]` arrays.
     """
     if mesh is None or jax.process_count() == 1:
-        return put_global(tree, None if mesh is None else split_rows(mesh))
+        return put_split(tree, mesh)
     rows = split_rows(mesh)
     return jax.tree.map(
         lambda leaf: jax.make_array_from_process_local_data(rows, np.asarray(leaf)),
         tree,
     )
+
+
+def num_devices(mesh: Mesh | None) -> int:
+    """How many devices share the rows; without a mesh, 1."""
+    return 1 if mesh is None else mesh.size
 
 
 def put_shared(tree: PyTree, mesh: Mesh | None) -> PyTree:

@@ -15,6 +15,7 @@ from robustjax.evaluation.board import Board
 from robustjax.evaluation.judge import Driver, Model, judge, ladder
 from robustjax.evaluation.prepare import clean_logits, predicted, prepare_model
 from robustjax.evaluation.stage import Stage
+from robustjax.parallel import num_devices
 from robustjax.threats import ThreatModel
 from robustjax.types import Array, Key
 
@@ -169,7 +170,7 @@ def _board(logits_fn, x, y, threat, key, batch_size, index, mesh) -> Board:
     driver = Driver(
         Model(f, jnp.float32(1)),
         dataclasses.replace(threat, epsilon=0.0),
-        ladder(batch_size, len(x), 1 if mesh is None else mesh.size),
+        ladder(batch_size, len(x), num_devices(mesh)),
         looped,
         mesh,
         key_judge[None],

@@ -13,7 +13,7 @@ from robustjax.attacks.base import AttackFn, Result
 from robustjax.evaluation import checks as inputs
 from robustjax.evaluation.judge import Driver, pad, plan
 from robustjax.models.canonical import canonicalize
-from robustjax.parallel import fetch, put_shared, put_split
+from robustjax.parallel import fetch, num_devices, put_shared, put_split
 from robustjax.problems import predictions, takes_key, untargeted
 from robustjax.threats import ThreatModel
 from robustjax.types import Array, Key
@@ -102,7 +102,7 @@ def batches(
 
     A mesh's devices have at most `batch_size` rows each, and equally many.
     """
-    devices = 1 if mesh is None else mesh.size
+    devices = num_devices(mesh)
     padded = devices * min(batch_size, -(-size // devices))
     for begin in range(0, size, padded):
         yield slice(begin, begin + padded), min(padded, size - begin), padded

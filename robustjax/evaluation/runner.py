@@ -42,6 +42,7 @@ from robustjax.evaluation.report import Report, ThreatReport
 from robustjax.evaluation.stage import OneShot, Stage
 from robustjax.models.canonical import canonicalize
 from robustjax.norms import L0
+from robustjax.parallel import num_devices
 from robustjax.threats import ThreatModel
 from robustjax.types import Array, Key
 
@@ -173,7 +174,7 @@ def evaluate(
         f"{name} {program_digest(program)}"
         for name, program in traced_attacks(extra, f, x, y, first).items()
     ]
-    shapes = ladder(batch_size, len(x), 1 if mesh is None else mesh.size)
+    shapes = ladder(batch_size, len(x), num_devices(mesh))
     model = Model(f, jnp.float32(1))
     driver = Driver(model, first, shapes, looped, mesh, key_judge[None])
     logits = clean_logits(driver, x, np.argsort(index, kind="stable"))

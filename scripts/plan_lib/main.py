@@ -70,6 +70,7 @@ class Planner:
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.chip = options, chip_of(options.topology)
+        self.compiler_options = compiler_options(self.chip.kind, options.option)
         self.read: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def program(
@@ -87,7 +88,7 @@ class Planner:
             "topology": topology,
             "per_device": per_device,
             "pieces": pieces,
-            "options": compiler_options(self.chip.kind, options.option),
+            "options": self.compiler_options,
             "cache": str(options.cache.expanduser()),
         }
         label = f"{program} on {topology}, {per_device} per chip"
@@ -306,10 +307,7 @@ def make(planner: Planner, options: argparse.Namespace, devices: int) -> dict[st
         "devices": devices,
         "chip": planner.chip._asdict(),
         "options": [
-            f"{name}={value}"
-            for name, value in compiler_options(
-                planner.chip.kind, options.option
-            ).items()
+            f"{name}={value}" for name, value in planner.compiler_options.items()
         ],
     }
     per_device, pieces = options.batch_per_chip or 128, options.microbatches
