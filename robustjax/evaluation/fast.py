@@ -59,6 +59,8 @@ MASKED = 0.02
 TIRED = 0.01
 RADII = (3.0, 2.0, 1.4, 1.0)
 BREATH = ((1.5, 10), (1.0, 20))
+GRAIN = 1.0
+"""The ladder rounds its gradients (`Apgd.grain`): their last bits decide nothing."""
 
 
 def fast(board: Board) -> Sequence[str]:
@@ -148,7 +150,9 @@ def climb(
     Returns how many points broke in the last one, which must be the real ball.
     """
     for radius, steps in radii:
-        stage = apgd_stage(board, "ladder", "margin", steps, reference=False)
+        stage = apgd_stage(
+            board, "ladder", "margin", steps, reference=False, grain=GRAIN
+        )
         found = board.run(
             stage._replace(num_steps=steps),
             places,

@@ -4,6 +4,7 @@ How near it comes to the worst case is in the conformance table, how near to the
 authors' code on real nets in test_apgd_reference.py.
 """
 
+import dataclasses
 import functools
 import operator
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 import robustjax as rj
-from robustjax import testing, threats
+from robustjax import losses, testing, threats
 from robustjax.attacks import apgd as module
 from robustjax.attacks.apgd import apgd_settings, kernel
 from robustjax.norms import L1, L2, AnyOf, Linf
@@ -423,3 +424,43 @@ def test_bad_numbers_name_themselves():
         module.apgd_targeted(num_targets=0)
     with pytest.raises(ValueError, match="norm=problem.threat.norm"):
         kernel(apgd_settings(10, L1())).init(jax.random.key(0), _problem("L2"))
+
+
+def _relu_net(factor, weights, x, key=None):
+    for weight in weights[:-1]:
+        x = jax.nn.relu(x @ weight)
+    return factor * (x @ weights[-1])
+
+
+@jax.jit
+def _scaled(grain, factor):
+    """Where 40 moves end, for logits times `factor`."""
+    rng = np.random.default_rng(0)
+    shapes = ((200, 100), (100, 100), (100, 10))
+    weights = [jnp.asarray(rng.normal(size=s), jnp.float32) / 10 for s in shapes]
+    x = jnp.asarray(rng.uniform(size=(32, 200)), jnp.float32)
+    logits_fn = functools.partial(_relu_net, factor, weights)
+    y = jnp.argmax(logits_fn(x), -1)
+    problem = rj.untargeted(logits_fn, x, y, rj.l2(1.0), losses.margin_loss)
+    settings = dataclasses.replace(apgd_settings(40, reference=False), grain=grain)
+    return rj.run(kernel(settings), 40)(jax.random.key(0), problem)
+
+
+@pytest.mark.parametrize(("grain", "part"), [(0.0, (0.0, 0.1)), (1.0, (0.9, 1.0))])
+def test_rounded_gradients_hide_the_last_bits(grain, part):
+    """1e4 is no power of two: the gradients differ in their last bits."""
+    plain, scaled = _scaled(grain, 1.0), _scaled(grain, 1e4)
+    same = (plain.x_adv == scaled.x_adv).all(-1).mean()
+    assert part[0] <= same <= part[1]
+
+
+def test_rounded_gradients_are_multiples_of_their_root_mean_square():
+    grad = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
+    for grain in (0.5, 1.0):
+        unit = grain * np.sqrt(np.mean(grad.astype(np.float64) ** 2))
+        coarse = module._coarse(jnp.asarray(grad), jnp.float32(grain))
+        np.testing.assert_array_equal(coarse, np.round(grad / unit))
+        assert np.unique(coarse).size > 3
+    np.testing.assert_array_equal(module._coarse(jnp.asarray(grad), 0.0), grad)
+    zero = module._coarse(jnp.zeros((3, 4)), jnp.float32(1.0))
+    np.testing.assert_array_equal(zero, np.zeros((3, 4)))
