@@ -214,7 +214,9 @@ class Dispatcher:
                 batch = self._mixed(feed, t)
             else:
                 batch = self._batch(data, feed[t % self.window], t)
-            state, metrics = self.step(state, constrain_rows(batch, self.mesh))
+            # Else every use of the images draws and crops them again.
+            batch = jax.lax.optimization_barrier(constrain_rows(batch, self.mesh))
+            state, metrics = self.step(state, batch)
             return state, self._added(totals, state, metrics, t)
 
         if self.looped:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
+from robustjax.models import forms
 from robustjax.models.convolution import (
     canonical_convolution,
     conv2d,
@@ -111,6 +112,17 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_values_gradients_and_double_backward(case):
     compare(*case)
+
+
+@pytest.mark.parametrize("most", (2, 16))
+@pytest.mark.parametrize(
+    "name", ("direct", "stride 2, odd", "stride 3, kernel 2", "wide padding")
+)
+def test_a_kernel_gradient_in_parts(name, most, monkeypatch):
+    monkeypatch.setattr(forms, "CACHED", 1)
+    monkeypatch.setattr(forms, "MOST_PARTS", most)
+    assert len(forms._parts(3, 100)) == min(most, 3)
+    compare(*CASES[name], twice=False)
 
 
 @settings(max_examples=6)
