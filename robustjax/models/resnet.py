@@ -186,8 +186,9 @@ def preact_resnet18(
 
     >>> import jax
     >>> model = preact_resnet18(width=2)
-    >>> params, extra = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
-    >>> model.apply(params, extra, jnp.zeros((5, 16, 16, 3)))[0].shape
+    >>> x = jnp.zeros((5, 16, 16, 3))
+    >>> logits_of = lambda key: model.apply(*model.init(key, x), x)[0]
+    >>> jax.eval_shape(logits_of, jax.random.key(0)).shape
     (5, 10)
     """
     if shortcut not in ("activated", "raw"):

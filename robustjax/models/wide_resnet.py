@@ -57,8 +57,9 @@ def wide_resnet(
 
     >>> import jax
     >>> model = wide_resnet(10, 1)
-    >>> params, extra = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
-    >>> model.apply(params, extra, jnp.zeros((5, 16, 16, 3)))[0].shape
+    >>> x = jnp.zeros((5, 16, 16, 3))
+    >>> logits_of = lambda key: model.apply(*model.init(key, x), x)[0]
+    >>> jax.eval_shape(logits_of, jax.random.key(0)).shape
     (5, 10)
     """
     count = blocks_per_stage(depth)
