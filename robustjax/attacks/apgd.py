@@ -66,7 +66,7 @@ class Apgd:
       density: the fraction of coordinates that an L1 move changes; with `sparse` the
         first such fraction.
       grain: gradients are rounded to multiples of `grain` times their root mean square,
-        0: not at all. Of use under L2; `reference` does not round.
+        0: not at all, 1 at most. Of use under L2; not with `reference`.
       reference: keep what parity with the authors' code needs.
       sparse: the L1 rule.
     """
@@ -158,6 +158,10 @@ def apgd_settings(
     for name, value in (("rho", rho), ("momentum", momentum)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value}: must lie in [0, 1]; 0.75 is usual.")
+    if not 0 <= grain <= 1:  # above 1 all entries could become 0
+        raise ValueError(f"grain={grain}: must lie in [0, 1]; 0 does not round.")
+    if grain and reference:
+        raise ValueError(f"grain={grain} needs reference=False: theirs does not round.")
     first, last, decrement = 0.22, 0.06, max(int(0.03 * num_steps), 1)
     if sparse:
         first, last, decrement = 0.04, 0.04, 0
@@ -528,4 +532,5 @@ def _coarse(grad: Array, grain: Array) -> Array:
     direction loses little (for normal entries and `grain` 1 the cosine is 0.96).
     """
     unit = grain * jnp.sqrt(jnp.mean(grad**2))
-    return jnp.where(unit > 0, jnp.round(grad / jnp.where(unit > 0, unit, 1)), grad)
+    fits = (unit > 0) & jnp.isfinite(unit)  # else the squares under- or overflowed
+    return jnp.where(fits, jnp.round(grad / jnp.where(fits, unit, 1)), grad)

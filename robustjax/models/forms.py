@@ -212,6 +212,7 @@ def kernel_gradient(
         or max(height, width) > LARGEST_KERNEL
         or x.dtype != jnp.float32
         or x.size == 0
+        or g.size == 0
     ):
         return None
     few = channels <= FEW_CHANNELS

@@ -422,6 +422,10 @@ def test_bad_numbers_name_themselves():
         apgd_settings(first_step=0)
     with pytest.raises(ValueError, match="num_targets=0"):
         module.apgd_targeted(num_targets=0)
+    with pytest.raises(ValueError, match=r"grain=1.5: must lie in \[0, 1\]"):
+        apgd_settings(10, reference=False, grain=1.5)
+    with pytest.raises(ValueError, match="needs reference=False"):
+        apgd_settings(10, grain=1.0)
     with pytest.raises(ValueError, match="norm=problem.threat.norm"):
         kernel(apgd_settings(10, L1())).init(jax.random.key(0), _problem("L2"))
 
@@ -462,5 +466,8 @@ def test_rounded_gradients_are_multiples_of_their_root_mean_square():
         np.testing.assert_array_equal(coarse, np.round(grad / unit))
         assert np.unique(coarse).size > 3
     np.testing.assert_array_equal(module._coarse(jnp.asarray(grad), 0.0), grad)
+    for size in (1e-30, 1e30):  # their squares are 0 and infinite
+        extreme = jnp.asarray(grad * np.float32(size))
+        np.testing.assert_array_equal(module._coarse(extreme, 1.0), extreme)
     zero = module._coarse(jnp.zeros((3, 4)), jnp.float32(1.0))
     np.testing.assert_array_equal(zero, np.zeros((3, 4)))
