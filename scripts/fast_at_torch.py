@@ -5,9 +5,9 @@ uniform start, one step of 1.25 epsilon, batch statistics in the attack, SGD wit
 momentum 0.9, weight decay 5e-4, a learning rate that rises to 0.2 and falls again,
 crops and flips, float32. Both sides start from the same weights and learn from the same
 images; the noise is each side's own. They train one epoch each in turn, on the same
-core (or cores: --core 0 1), while the other waits. PyTorch takes the gradient of the attack for the
-input alone, crops a batch by one gather, and runs in the faster of NCHW and
-channels_last, timed at the start.
+core (or cores: --core 0 1), while the other waits. PyTorch takes the gradient of the
+attack for the input alone, crops a batch by one gather, and runs in the faster of NCHW
+and channels_last, timed at the start.
 
 A time is that of training and saving (ours with its compilation); imports, the
 timing of layouts and all judging are left out. One judge, robustjax, attacks the

@@ -100,7 +100,7 @@ def _np_eta(rows, columns, across, order):
     return eta / _np_norm(eta, order)
 
 
-def _np_propose(norm, draw, iteration, delta, x, epsilon, box=(0, 1), reach=1):
+def _np_propose(norm, draw, iteration, delta, x, epsilon, box=(0, 1), reach=0):
     channels, height, width = delta.shape
     side = _np_side(norm, _np_p(iteration), height, width)
     side = min(side, height, width)
@@ -208,7 +208,12 @@ def test_proposals_equal_the_transcription(norm, shared):
             draw = together if norm == "Linf" else np.append(together[:5], draw[5:])
         image = [np.asarray(a[row], np.float64).transpose(2, 0, 1) for a in (start, x)]
         new, _, _ = _np_propose(
-            norm, draw, iteration, *image, epsilon, reach=0 if shared else 1
+            norm,
+            draw,
+            iteration,
+            *image,
+            epsilon,
+            reach=int(norm == "Linf" and not shared),
         )
         if norm != "Linf":
             expected = jnp.asarray(new.transpose(1, 2, 0)[None], jnp.float32)
@@ -290,6 +295,20 @@ def test_corners_reach_all_positions(shared):
     else:
         expected = 8 * count / (height * width)
         assert (np.abs(hits - expected) < 5 * np.sqrt(expected)).all()
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+def test_every_feature_of_a_vector_is_reached(norm):
+    """Also under L2 and L1, whose windows leave an image's last row and column."""
+    x, y, weight = _data((6,), 64)
+    start = jnp.zeros_like(x)
+    state = SquareState(
+        start, start, jnp.full(64, 1e9), jnp.zeros(64, bool), jnp.full(64, 9000)
+    )
+    after, _ = _step(
+        square_settings(), KEY, state, x, y, THREATS[norm], weight, jnp.arange(64)
+    )
+    assert (np.asarray(after.delta) != 0).any(0).all()
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
