@@ -51,6 +51,12 @@ class Best(NamedTuple):
     closest: Array
 
 
+@jax.jit
+def _logits(logits_fn: Callable[..., Array], x: Array, key: Key | None) -> Array:
+    """Traced once for a shape: the attacks' programs ask for it many times."""
+    return logits_fn(x, key).astype(jnp.float32)
+
+
 def _problem(
     model: Model,
     names: tuple[str, ...],
@@ -61,7 +67,7 @@ def _problem(
     start: Any,
 ) -> Problem:
     def call(x: Array, key: Key | None) -> Array:
-        return model.scale * model.logits_fn(x, key).astype(jnp.float32)
+        return model.scale * _logits(model.logits_fn, x, key)
 
     def score(logits: Array) -> Array:
         scores = [LOSSES[name](logits, rows.y, rows.target) for name in names]
