@@ -172,7 +172,8 @@ CONTESTANTS: dict[str, Contestant] = {
         *(12, "robust above trades, clean below (Wang et al., ICLR 2020)"),
     ),
     "awp_madry": Contestant(
-        lambda s: awp(plain(s), gamma=0.01),
+        # From the start on, it takes Madry's net, which has no BatchNorm, to chance.
+        lambda s: awp(plain(s), gamma=0.01, warmup=s.num_updates // 5),
         *(9, "above madry where robust overfitting sets in (2004.05884)"),
     ),
     "awp_trades": Contestant(
