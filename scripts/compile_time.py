@@ -53,7 +53,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     x = np.random.default_rng(0).uniform(size=(count, *shape)).astype(np.float32)
     f = models.logits_fn(model, *model.init(jax.random.key(0), x[:1]))
     y = np.concatenate([f(x[i : i + 64], None).argmax(1) for i in range(0, count, 64)])
-    jax.block_until_ready(y)
     board.Board.run = one_step
     jax.monitoring.register_event_duration_secs_listener(note)
 

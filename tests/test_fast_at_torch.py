@@ -30,6 +30,9 @@ def test_what_it_refuses():
     done = run("--target", "30")
     assert done.returncode == 2
     assert "--target is 30.0; give an accuracy from 0 to 1" in done.stderr
+    done = run("--core", "0", "9999")
+    assert done.returncode == 1
+    assert "--core is [0, 9999]; there are" in done.stderr
 
 
 def test_time_until_the_target():
