@@ -172,7 +172,7 @@ CONTESTANTS: dict[str, Contestant] = {
         *(12, "robust above trades, clean below (Wang et al., ICLR 2020)"),
     ),
     "awp_madry": Contestant(
-        # From the start on, it takes Madry's net, which has no BatchNorm, to chance.
+        # From the start on, gradients clipped, it left Madry's net near chance.
         lambda s: awp(plain(s), gamma=0.01, warmup=s.num_updates // 5),
         *(9, "above madry where robust overfitting sets in (2004.05884)"),
     ),

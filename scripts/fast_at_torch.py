@@ -30,15 +30,15 @@ import numpy as np
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 EPSILON, STEP = 8 / 255, 1.25
 SIDES = ("robustjax", "pytorch")
-TRAINS = ("epochs", "batch_size", "width", "learning_rate", "seed", "num_train")
+TRAINS = ("epochs", "batch_size", "width", "learning_rate", "seed", "num_train", "core")
 QUICK = {"epochs": 2, "batch_size": 32, "width": 1, "num_train": 96, "num_judged": 32}
 
 
 def cores_here() -> int:
-    """How many cores this process may use."""
+    """How many cores this process may use; one where that cannot be said."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return 1
 
 
 class Clock:
@@ -451,6 +451,8 @@ def main() -> None:
         if not wanted <= cores:
             sys.exit(f"fast_at_torch: --core is {options.core}; there are {cores}.")
         os.sched_setaffinity(0, wanted)
+    elif options.core is not None:
+        sys.exit("fast_at_torch: --core: this system cannot hold a process to cores.")
     sides = list(SIDES)
     if not has_torch(options.torch_python):
         if not options.quick:

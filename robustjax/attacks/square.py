@@ -26,6 +26,8 @@ from robustjax.types import Array, Key
 # p is halved once the number of proposals made exceeds each of these.
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 AXES = ("HWC", "CHW", None)
+# With fewer pixels along an axis no place is left out.
+SMALLEST_IMAGE = 16
 # Stands for an infinite epsilon: far beyond any box, and its square is finite.
 _LARGEST = 1e12
 
@@ -189,11 +191,13 @@ def square(
     Differs from the authors' code: each example has windows and signs of its own,
     where AutoAttack's batch shares the window (and under Linf the signs), and a Linf
     proposal that would change nothing has its signs flipped (the authors' first code
-    draws them anew); under Linf, and in vectors, a window also begins in the last row
-    and column that it fits in. With `shared_window=True` these three are as in
-    AutoAttack. In both forms: not only square images; a window is a rectangle where
-    the side exceeds the image; the grid of bumps is in the middle; `num_steps` counts
-    the start; under L1 the budget is epsilon, not `(1 - 1e-6) epsilon`.
+    draws them anew); under Linf, and where an axis has fewer than 16 pixels, a window
+    also begins in the last row and column that it fits in (else, as in the authors'
+    code, L2 and L1 windows never touch an image's last row and column). With
+    `shared_window=True` these three are as in AutoAttack. In both forms: not only
+    square images; a window is a rectangle where the side exceeds the image; the grid
+    of bumps is in the middle; `num_steps` counts the start; under L1 the budget is
+    epsilon, not `(1 - 1e-6) epsilon`.
 
     Args:
       num_steps: queries (forward passes) per example and restart, the start included.
@@ -447,8 +451,8 @@ def _propose(
         # The reference never begins a window in the last row and column it fits in. So
         # do we where mass moves: what goes to an image's edge is mostly lost (of 8
         # images of fast_mnist_pgd 3.7 fell, with all positions 3.1, theirs 3.9). Under
-        # Linf, and in a row of features, every place must be reached.
-        everywhere = isinstance(norm, Linf) or min(size) == 1
+        # Linf, and in what is small or a table, every place must be reached.
+        everywhere = isinstance(norm, Linf) or min(size) < SMALLEST_IMAGE
         reach = 1 if everywhere and not settings.shared_window else 0
         top, left = (
             jnp.floor(u * (pixels - side + reach)).astype(jnp.int32)

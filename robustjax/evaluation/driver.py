@@ -51,9 +51,16 @@ class Best(NamedTuple):
     closest: Array
 
 
-@jax.jit
-def _logits(logits_fn: Callable[..., Array], x: Array, key: Key | None) -> Array:
-    """Traced once for a shape: the attacks' programs ask for it many times."""
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(
+    norm: Any, logits_fn: Callable[..., Array], x: Array, key: Key | None
+) -> Array:
+    """Traced once for a shape: the attacks' programs ask for it many times.
+
+    Under another norm anew, as all programs: whoever changed weights that a function
+    closes over must not be attacked on the old ones and judged on the new ones.
+    """
+    del norm
     return logits_fn(x, key).astype(jnp.float32)
 
 
@@ -67,7 +74,7 @@ def _problem(
     start: Any,
 ) -> Problem:
     def call(x: Array, key: Key | None) -> Array:
-        return model.scale * _logits(model.logits_fn, x, key)
+        return model.scale * _logits(threat.norm, model.logits_fn, x, key)
 
     def score(logits: Array) -> Array:
         scores = [LOSSES[name](logits, rows.y, rows.target) for name in names]

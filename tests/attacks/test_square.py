@@ -182,11 +182,11 @@ def test_bump_is_the_transcriptions(order):
 
 @pytest.mark.parametrize(
     ("norm", "shared"),
-    [("Linf", False), ("L2", False), ("L1", False), ("Linf", True), ("L2", True)],
+    [(norm, shared) for norm in ("Linf", "L2", "L1") for shared in (False, True)],
 )
 def test_proposals_equal_the_transcription(norm, shared):
     """From an arbitrary feasible point, on the draws that the kernel makes."""
-    shape, threat = (9, 9, 2), THREATS[norm]
+    shape, threat = (16, 16, 2), THREATS[norm]
     x, y, weight = _data(shape)
     rng = np.random.default_rng(1)
     start = rj.threats.project(threat, x, jnp.asarray(rng.normal(size=x.shape)) * 0.1)
@@ -297,18 +297,25 @@ def test_corners_reach_all_positions(shared):
         assert (np.abs(hits - expected) < 5 * np.sqrt(expected)).all()
 
 
+@pytest.mark.parametrize("shape", [(6,), (4, 4), (20, 2), (16, 16)])
 @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
-def test_every_feature_of_a_vector_is_reached(norm):
-    """Also under L2 and L1, whose windows leave an image's last row and column."""
-    x, y, weight = _data((6,), 64)
+def test_which_features_are_reached(norm, shape):
+    """All, but for the last row and column of an image under L2 and L1."""
+    count = 2048
+    x, y, weight = _data(shape, count)
     start = jnp.zeros_like(x)
     state = SquareState(
-        start, start, jnp.full(64, 1e9), jnp.zeros(64, bool), jnp.full(64, 9000)
+        *(start, start, jnp.full(count, 1e9)),
+        *(jnp.zeros(count, bool), jnp.full(count, 9000)),
     )
     after, _ = _step(
-        square_settings(), KEY, state, x, y, THREATS[norm], weight, jnp.arange(64)
+        square_settings(), KEY, state, x, y, THREATS[norm], weight, jnp.arange(count)
     )
-    assert (np.asarray(after.delta) != 0).any(0).all()
+    reached = (np.asarray(after.delta) != 0).any(0)
+    expected = np.ones(shape, bool)
+    if shape == (16, 16) and norm != "Linf":
+        expected[-1] = expected[:, -1] = False
+    np.testing.assert_array_equal(reached, expected)
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])

@@ -274,3 +274,29 @@ def test_a_warning_points_at_the_line_that_evaluates():
     with pytest.warns(rj.ModelWarning, match="probabilities") as seen:
         rj.evaluate(probabilities, *POINTS, rj.linf(0.1), batch_size=2, **options)
     assert {warning.filename for warning in seen} == {__file__}
+
+
+def test_weights_that_a_function_closes_over_are_read_anew_under_another_norm():
+    """They should be data; but nobody must be attacked on old, judged on new ones."""
+    x = np.full((4, 6), 0.5, np.float32)
+    y = np.zeros(4, np.int32)
+    weights = {"w": np.array([1, 1, 1, 1, 1, 1], np.float32)}
+
+    def f(x):
+        margin = (x - 0.5) @ weights["w"] + 0.1
+        return jnp.stack([margin, -margin], 1)
+
+    def robust(threat):
+        found = rj.evaluate(
+            *(f, x, y, threat),
+            suite=("apgd-ce",),
+            batch_size=4,
+            checks="none",
+            progress=False,
+        )
+        return found.robust_accuracy
+
+    assert robust(rj.linf(0.01)) == 1  # moves the margin by 0.06 of 0.1
+    # Another direction alone counts now: only a gradient of these weights finds it.
+    weights["w"] = np.array([-9, 0, 0, 0, 0, 0], np.float32)
+    assert robust(rj.l2(0.02)) == 0
