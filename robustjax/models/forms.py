@@ -203,7 +203,7 @@ def kernel_gradient(
 
     One matrix product of gathered windows pays for few input channels (31 -> 10 for
     1 -> 32, 5 x 5 at 28 x 28; 28 -> 15 for 3 -> 16, 3 x 3 at 32 x 32) and for 1 x 1
-    kernels (21 -> 1.8). All others: `_by_columns`.
+    kernels (21 -> 1.8). All others: `_by_planes`.
     """
     height, width, channels, features = kernel_shape
     if (
@@ -217,7 +217,7 @@ def kernel_gradient(
         return None
     few = channels <= FEW_CHANNELS
     if not few and (height, width) != (1, 1):
-        return _by_columns(x, g, kernel_shape, geometry)
+        return _by_planes(x, g, kernel_shape, geometry)
     rows, columns = g.shape[1:3]
     (top, bottom), (left, right) = geometry.padding
     zero = jnp.zeros((), x.dtype)
@@ -256,33 +256,38 @@ def kernel_gradient(
     return out.reshape(kernel_shape)
 
 
-def _by_columns(
+def _by_planes(
     x: Array, g: Array, kernel_shape: tuple[int, ...], geometry: Geometry
 ) -> Array:
-    """The kernel's gradient as a convolution over rows and (columns x channels), whose
-    channels are the batch and whose window is the cotangent, dilated by the strides.
+    """The kernel's gradient as a convolution whose images are pairs of input channels,
+    whose channels are the batch and whose window is the cotangent, dilated by the
+    strides.
 
-    The outputs of a row are then width x C instead of width positions, which is what
-    oneDNN's kernels run over (batch 128: 15 -> 6.7 for 16 -> 16, 3 x 3 at 32 x 32;
-    5.1 -> 2.7 for 64 -> 64 at 8 x 8; 23 -> 3.7 for 16 -> 32 with stride 2).
+    The two channels of a pair lie side by side, so a row of outputs is twice the
+    kernel's width: enough sums at a time to keep the processor's units busy, and few
+    enough for its registers. With all channels side by side, as it was before, a
+    processor without AVX-512 takes more (batch 128, other core busy: 37 -> 26 for
+    16 -> 16, 3 x 3 at 32 x 32; 24 -> 17 for 64 -> 64 at 8 x 8; 347 -> 286 for 64 -> 64
+    at 32 x 32).
 
     oneDNN reads the whole cotangent again for every few outputs, so a part of its rows
-    at a time, of a size that stays in the cache (on a processor without AVX-512, batch
-    128: 38 -> 24 for 16 -> 16 at 32 x 32, 500 -> 340 for 64 -> 64 there).
+    at a time, of a size that stays in the cache.
     """
     height, width, channels, features = kernel_shape
     batch, rows, columns = g.shape[:3]
     s0, s1 = geometry.strides
     top, left = geometry.padding[0][0], geometry.padding[1][0]
     right = s1 * (columns - 1) + width - x.shape[2] - left
+    pair = 2 - channels % 2
     # What made x is not computed once more inside of the transposition (5.3 -> 0.7).
     # Flat before the second barrier, both are transposed in one pass instead of two.
     x, g = lax.optimization_barrier((x, g.reshape(batch, -1, features)))
     by_batch = jnp.transpose(x, (1, 2, 3, 0)).reshape(x.shape[1], -1, batch)
     by_place = jnp.transpose(g, (1, 0, 2)).reshape(rows * columns, batch * features)
     lhs, rhs = lax.optimization_barrier((by_batch, by_place))
+    lhs = lhs.reshape(x.shape[1], x.shape[2], channels // pair, pair * batch)
     rhs = rhs.reshape(rows, columns, batch, features)
-    out = jnp.zeros((1, height, width * channels, features), x.dtype)
+    out = jnp.zeros((channels // pair, height, width * pair, features), x.dtype)
     for begin, end in _parts(rows, rhs.nbytes // rows):
         # The rows of x that these rows of the cotangent meet; some may be padding.
         first, last = s0 * begin - top, s0 * (end - 1) + height - top
@@ -292,14 +297,18 @@ def _by_columns(
         backward = Geometry(
             padding=(
                 (met.start - first, last - met.stop),
-                (left * channels, right * channels),
+                (left * pair, right * pair),
             ),
-            rhs_dilation=(s0, s1 * channels),
+            rhs_dilation=(s0, s1 * pair),
             precision=geometry.precision,
         )
-        part = lax.optimization_barrier(lhs[met])
-        out += direct(part[None], rhs[begin:end], backward)
-    return lax.optimization_barrier(out).reshape(kernel_shape)
+        planes = lax.optimization_barrier(jnp.transpose(lhs[met], (2, 0, 1, 3)))
+        planes = planes.reshape(channels // pair, met.stop - met.start, -1, batch)
+        # Apart: oneDNN would add what came before inside of its innermost loop.
+        out += lax.optimization_barrier(direct(planes, rhs[begin:end], backward))
+    out = lax.optimization_barrier(out)
+    out = out.reshape(-1, height, width, pair, features)
+    return jnp.transpose(out, (1, 2, 0, 3, 4)).reshape(kernel_shape)
 
 
 def _parts(rows: int, row_bytes: int) -> list[tuple[int, int]]:
