@@ -110,6 +110,7 @@ def train_robustjax(options: argparse.Namespace, folder: Path) -> None:
         validate=validate,
         best_metric="epoch",
         out=folder / "run",
+        steps_per_dispatch=10,  # temporary memory is asked for once in ten steps
         compiler_options=models.convolution_options(),
         log=False,
         start=tuple(start),

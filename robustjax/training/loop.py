@@ -138,8 +138,9 @@ def fit(
       ema_decay: keep moving averages; see `make_train_step`. Compared on resume; of a
         function, its values at six steps.
       steps_per_dispatch: steps per compiled call. More than 1 saves the dispatch of
-        small models. On CPU leave 1 for models with ordinary convolutions: XLA runs
-        their gradients 10 to 15 times slower inside a loop (the zoo's do not suffer).
+        small models, and on CPU asks for temporary memory once per call, not per step.
+        On CPU leave 1 for models with ordinary convolutions: XLA runs their gradients
+        10 to 15 times slower inside a loop (the zoo's do not suffer).
       log_every: steps between training rows; None: at most 50, and every checkpoint.
       log: the live line: True for standard output, a stream, or False for silence.
       mesh: `parallel.data_mesh(...)`: split every batch over devices.
