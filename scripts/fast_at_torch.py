@@ -78,6 +78,7 @@ def train_robustjax(options: argparse.Namespace, folder: Path) -> None:
     from robustjax import data, models
     from robustjax.methods.fast import fast
     from robustjax.models import importers
+    from robustjax.models.compiling import quick_options
     from robustjax.threats import linf
     from robustjax.training import optimizers
     from robustjax.training.loop import fit
@@ -111,7 +112,7 @@ def train_robustjax(options: argparse.Namespace, folder: Path) -> None:
         best_metric="epoch",
         out=folder / "run",
         steps_per_dispatch=10,  # temporary memory is asked for once in ten steps
-        compiler_options=models.convolution_options(),
+        compiler_options=models.convolution_options() | quick_options(1),
         log=False,
         start=tuple(start),
     )
