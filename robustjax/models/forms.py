@@ -268,7 +268,7 @@ def _by_planes(
     enough for its registers. With all channels side by side, as it was before, a
     processor without AVX-512 takes more (batch 128, other core busy: 37 -> 26 for
     16 -> 16, 3 x 3 at 32 x 32; 24 -> 17 for 64 -> 64 at 8 x 8; 347 -> 286 for 64 -> 64
-    at 32 x 32).
+    at 32 x 32). With AVX-512 it has not been measured.
 
     oneDNN reads the whole cotangent again for every few outputs, so a part of its rows
     at a time, of a size that stays in the cache.
@@ -304,7 +304,7 @@ def _by_planes(
         )
         planes = lax.optimization_barrier(jnp.transpose(lhs[met], (2, 0, 1, 3)))
         planes = planes.reshape(channels // pair, met.stop - met.start, -1, batch)
-        # Apart: oneDNN would add what came before inside of its innermost loop.
+        # Apart, or the sums become a chain of post-operations of the convolution.
         out += lax.optimization_barrier(direct(planes, rhs[begin:end], backward))
     out = lax.optimization_barrier(out)
     out = out.reshape(-1, height, width, pair, features)
