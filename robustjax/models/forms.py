@@ -285,7 +285,9 @@ def _by_planes(
     by_batch = jnp.transpose(x, (1, 2, 3, 0)).reshape(x.shape[1], -1, batch)
     by_place = jnp.transpose(g, (1, 0, 2)).reshape(rows * columns, batch * features)
     lhs, rhs = lax.optimization_barrier((by_batch, by_place))
-    lhs = lhs.reshape(x.shape[1], x.shape[2], channels // pair, pair * batch)
+    # The batch keeps an axis of its own: joined with the pair, its sharding over devices
+    # could not be said, and all of x and of g would be gathered on each of them.
+    lhs = lhs.reshape(x.shape[1], x.shape[2], channels // pair, pair, batch)
     rhs = rhs.reshape(rows, columns, batch, features)
     out = jnp.zeros((channels // pair, height, width * pair, features), x.dtype)
     for begin, end in _parts(rows, rhs.nbytes // rows):
@@ -302,7 +304,7 @@ def _by_planes(
             rhs_dilation=(s0, s1 * pair),
             precision=geometry.precision,
         )
-        planes = lax.optimization_barrier(jnp.transpose(lhs[met], (2, 0, 1, 3)))
+        planes = lax.optimization_barrier(jnp.transpose(lhs[met], (2, 0, 1, 3, 4)))
         planes = planes.reshape(channels // pair, met.stop - met.start, -1, batch)
         # Apart, or the sums become a chain of post-operations of the convolution.
         out += lax.optimization_barrier(direct(planes, rhs[begin:end], backward))
