@@ -285,8 +285,8 @@ def _by_planes(
     by_batch = jnp.transpose(x, (1, 2, 3, 0)).reshape(x.shape[1], -1, batch)
     by_place = jnp.transpose(g, (1, 0, 2)).reshape(rows * columns, batch * features)
     lhs, rhs = lax.optimization_barrier((by_batch, by_place))
-    # The batch keeps an axis of its own: joined with the pair, its sharding over devices
-    # could not be said, and all of x and of g would be gathered on each of them.
+    # The batch keeps an axis of its own: joined with the pair, its sharding over
+    # devices could not be said, and all of x and g would be gathered on each of them.
     lhs = lhs.reshape(x.shape[1], x.shape[2], channels // pair, pair, batch)
     rhs = rhs.reshape(rows, columns, batch, features)
     out = jnp.zeros((channels // pair, height, width * pair, features), x.dtype)
