@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 import robustjax as rj
-from experiments import common, ideas
+from experiments import common, ideas, machine
 from experiments.comparison import NORMS, claims_of, draw, summarize, table
 from experiments.contestants import CONTESTANTS, Setting, chosen
 from experiments.evaluate import BUDGETS
@@ -236,7 +236,7 @@ def train(
         out=folder_of(task, name, seed),
         config={**task.decides, "method": name},
         ema_decay=one.ema_decay(setting) if one.ema_decay else None,
-        compiler_options=models.convolution_options(),
+        **machine.step_options(),
     )
     curves = draw_run(found.history, lambda step: rate(step * repeats))
     plots.save(curves, folder_of(task, name, seed) / "curves.png")

@@ -18,6 +18,7 @@ from robustjax import models, parallel
 from robustjax.methods.base import Method
 from robustjax.methods.microbatch import microbatches
 from robustjax.models.base import Model
+from robustjax.models.compiling import quick_options
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,18 @@ def fit_options(machine: Machine, batch_size: int) -> dict[str, Any]:
     return {
         "mesh": mesh(machine, batch_size),
         "shard_params": machine.shard_params and len(jax.devices()) > 1,
+    }
+
+
+def step_options() -> dict[str, Any]:
+    """What `fit` is told of the steps of a convolutional net on a `Resident` set.
+
+    On CPU ten steps per call ask for temporary memory once, and the compiler's level 1
+    takes a quarter off compiling and makes no slower steps (docs/benchmarks.md).
+    """
+    return {
+        "steps_per_dispatch": 10,
+        "compiler_options": models.convolution_options() | quick_options(1),
     }
 
 

@@ -36,7 +36,7 @@ import jax
 import robustjax as rj
 from experiments import common, machine
 from experiments.machine import Machine
-from robustjax import data, models
+from robustjax import data
 from robustjax.methods.madry import madry
 from robustjax.training import optimizers
 from robustjax.training.loop import fit
@@ -188,7 +188,7 @@ def main(config: Config) -> dict[str, Any]:
         out=config.out,
         config=common.training_part(config),
         ema_decay=config.ema_decay,
-        compiler_options=models.convolution_options(),
+        **machine.step_options(),
         **options,
     )
     attacks = {"FGSM": rj.fgsm(), "PGD-20": made.evaluation}

@@ -28,7 +28,7 @@ import jax
 import robustjax as rj
 from experiments import common, machine
 from experiments.machine import Machine
-from robustjax import data, models
+from robustjax import data
 from robustjax.methods.madry import madry
 from robustjax.threats import standard_threat
 from robustjax.training import optimizers
@@ -138,7 +138,7 @@ def main(config: Config) -> dict[str, Any]:
         ),
         out=out,
         config=common.training_part(config),
-        compiler_options=models.convolution_options(),
+        **machine.step_options(),
         **options,
     )
     attacks = {"FGSM": rj.fgsm(), "PGD-40": rj.pgd(40)}
