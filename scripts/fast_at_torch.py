@@ -1,13 +1,13 @@
 """Time to a stated robust accuracy: Fast-AT by robustjax and by plain PyTorch.
 
 PreActResNet-18 on CIFAR-10 by Wong, Rice and Kolter's recipe (arXiv:2001.03994):
-uniform start, one step of 1.25 epsilon, batch statistics in the attack, SGD with
-momentum 0.9, weight decay 5e-4, a learning rate that rises to 0.2 and falls again,
-crops and flips, float32. Both sides start from the same weights and learn from the same
-images; the noise is each side's own. They train one epoch each in turn, on the same
-core (or cores: --core 0 1), while the other waits. PyTorch takes the gradient of the
-attack for the input alone, crops a batch by one gather, and runs in the faster of NCHW
-and channels_last, timed at the start.
+uniform start, one step of 1.25 epsilon (--step-size), batch statistics in the attack,
+SGD with momentum 0.9, weight decay 5e-4, a learning rate that rises to 0.2 and falls
+again, crops and flips, float32. Both sides start from the same weights and learn from
+the same images; the noise is each side's own. They train one epoch each in turn, on the
+same core (or cores: --core 0 1), while the other waits. PyTorch takes the gradient of
+the attack for the input alone, crops a batch by one gather, and runs in the faster of
+NCHW and channels_last, timed at the start.
 
 A time is that of training and saving (ours with its compilation); imports, the
 timing of layouts and all judging are left out. One judge, robustjax, attacks the
@@ -28,9 +28,12 @@ from typing import Any
 import numpy as np
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
-EPSILON, STEP = 8 / 255, 1.25
+EPSILON = 8 / 255
 SIDES = ("robustjax", "pytorch")
-TRAINS = ("epochs", "batch_size", "width", "learning_rate", "seed", "num_train", "core")
+TRAINS = (
+    *("epochs", "batch_size", "width", "learning_rate", "step_size", "seed"),
+    *("num_train", "core"),
+)
 QUICK = {"epochs": 2, "batch_size": 32, "width": 1, "num_train": 96, "num_judged": 32}
 
 
@@ -102,7 +105,7 @@ def train_robustjax(options: argparse.Namespace, folder: Path) -> None:
     fit(
         jax.random.key(options.seed),
         model,
-        fast(model, linf(EPSILON), step_size=STEP, bn_mode="batch"),
+        fast(model, linf(EPSILON), step_size=options.step_size, bn_mode="batch"),
         optimizers.sgd(rate, momentum=0.9, nesterov=False, weight_decay=5e-4),
         data.resident(x, y),
         batch_size=options.batch_size,
@@ -128,6 +131,7 @@ def train_pytorch(options: argparse.Namespace, folder: Path) -> None:
     images = torch.from_numpy(np.load(options.out / "x.npy")).permute(0, 3, 1, 2)
     labels = torch.from_numpy(np.load(options.out / "y.npy")).long()
     padded, count = F.pad(images, [4] * 4), len(labels)
+    step_size = options.step_size * EPSILON
     per_epoch = count // options.batch_size
     steps = options.epochs * per_epoch
 
@@ -162,7 +166,7 @@ def train_pytorch(options: argparse.Namespace, folder: Path) -> None:
         loss = F.cross_entropy(made(x + delta), y)
         (grad,) = torch.autograd.grad(loss, delta)
         with torch.no_grad():
-            delta = (delta + STEP * EPSILON * grad.sign()).clamp_(-EPSILON, EPSILON)
+            delta = (delta + step_size * grad.sign()).clamp_(-EPSILON, EPSILON)
             x_adv = (x + delta).clamp_(0, 1)
         sgd.param_groups[0]["lr"] = rate(step)
         sgd.zero_grad()
@@ -414,6 +418,7 @@ def parse() -> argparse.Namespace:
     add("--batch-size", type=int, default=128)
     add("--width", type=int, default=16, help="of PreActResNet-18")
     add("--learning-rate", type=float, default=0.2, help="the highest one")
+    add("--step-size", type=float, default=1.25, help="of the one step, over epsilon")
     add("--seed", type=int, default=0)
     add("--num-train", type=int, default=50_000, help="at most so many images")
     add("--num-judged", type=int, default=500, help="training images held out")
