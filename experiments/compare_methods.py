@@ -31,7 +31,7 @@ from experiments.contestants import CONTESTANTS, Setting, chosen
 from experiments.evaluate import BUDGETS
 from robustjax import data, models, plots
 from robustjax.logging import duration
-from robustjax.training import monitors, optimizers
+from robustjax.training import checkpoint, monitors, optimizers, run_folder
 from robustjax.training.curves import draw_run
 from robustjax.training.loop import fit
 from robustjax.training.weights import weights_of
@@ -224,6 +224,7 @@ def train(
     augment = None
     if recipe.augmented:
         augment = data.compose(data.random_crop, data.random_flip)
+    folder = folder_of(task, name, seed)
     found = fit(
         jax.random.key(seed),
         *(task.model, method, optimizer, rows),
@@ -233,13 +234,13 @@ def train(
         augment=augment,
         validate=watch(task.watched),
         checkpoint_every=-(-steps // 8),
-        out=folder_of(task, name, seed),
+        out=folder,
         config={**task.decides, "method": name},
         ema_decay=one.ema_decay(setting) if one.ema_decay else None,
-        **machine.step_options(),
+        **machine.step_options() | compiled_with(folder, steps),
     )
     curves = draw_run(found.history, lambda step: rate(step * repeats))
-    plots.save(curves, folder_of(task, name, seed) / "curves.png")
+    plots.save(curves, folder / "curves.png")
     f = models.logits_fn(task.model, *weights_of(found.state))
     learned = [row for row in found.history if row["kind"] == "train"]
     watched = [row for row in found.history if row["kind"] == "validate"]
@@ -257,6 +258,15 @@ def train(
         },
     )
     return fitted[name, seed]
+
+
+def compiled_with(folder: Path, steps: int) -> dict[str, Any]:
+    """The compiler's options of a net that is finished: nothing is compiled any more,
+    and a net that an earlier version made with others stays in the table."""
+    if run_folder.last_step(folder) != steps:
+        return {}
+    meta = checkpoint.read_meta(folder / run_folder.CHECKPOINTS, steps)
+    return {"compiler_options": meta["remembered"]["settings"]["compiler_options"]}
 
 
 def watch(watched: monitors.Monitor) -> Callable[[Any, Any], dict[str, float]]:

@@ -113,14 +113,16 @@ def fit_options(machine: Machine, batch_size: int) -> dict[str, Any]:
     }
 
 
-def step_options() -> dict[str, Any]:
+def step_options(machine: Machine = HERE) -> dict[str, Any]:
     """What `fit` is told of the steps of a convolutional net on a `Resident` set.
 
     On CPU ten steps per call ask for temporary memory once, and the compiler's level 1
     takes a quarter off compiling and makes no slower steps (docs/benchmarks.md).
+    Elsewhere, and where devices share weights, a loop brings nothing and takes memory.
     """
+    looped = jax.default_backend() == "cpu" and not machine.shard_params
     return {
-        "steps_per_dispatch": 10,
+        "steps_per_dispatch": 10 if looped else 1,
         "compiler_options": models.convolution_options() | quick_options(1),
     }
 

@@ -188,7 +188,7 @@ def main(config: Config) -> dict[str, Any]:
         out=config.out,
         config=common.training_part(config),
         ema_decay=config.ema_decay,
-        **machine.step_options(),
+        **machine.step_options(config.machine),
         **options,
     )
     attacks = {"FGSM": rj.fgsm(), "PGD-20": made.evaluation}

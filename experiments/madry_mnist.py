@@ -138,7 +138,7 @@ def main(config: Config) -> dict[str, Any]:
         ),
         out=out,
         config=common.training_part(config),
-        **machine.step_options(),
+        **machine.step_options(config.machine),
         **options,
     )
     attacks = {"FGSM": rj.fgsm(), "PGD-40": rj.pgd(40)}

@@ -165,7 +165,7 @@ def train(
         "out": recipe.out,
         "config": common.training_part(config),
         "ema_decay": recipe.ema_decay,
-        **machine.step_options(),
+        **machine.step_options(recipe.machine),
         **machine.fit_options(recipe.machine, recipe.batch_size),
     }
     tx = optimizers.sgd(

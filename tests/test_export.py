@@ -232,6 +232,15 @@ def test_convolutions_take_the_form_of_the_platform_they_are_lowered_for(platfor
     assert (wanted[0] > 0) == (platform == "cpu")
 
 
+def test_gradients_of_kernels_lower_for_a_batch_of_unknown_size():
+    net = models.small_cnn(channels=(8, 8), hidden=8)
+    f, (params, extra, x) = gradients(net, (28, 28, 1))
+    batch = jax.export.symbolic_shape("b, 28, 28, 1")
+    rows = jax.ShapeDtypeStruct(batch, x.dtype)
+    exported = jax.export.export(jax.jit(f))(params, extra, rows)
+    assert exported.in_avals[-1].shape == batch
+
+
 COUNTED = (
     "stablehlo.optimization_barrier",
     "stablehlo.convolution",

@@ -271,7 +271,8 @@ def _by_planes(
     at 32 x 32). With AVX-512 it has not been measured.
 
     oneDNN reads the whole cotangent again for every few outputs, so a part of its rows
-    at a time, of a size that stays in the cache.
+    at a time, of a size that stays in the cache. Of x it
+    needs the memory three to five times.
     """
     height, width, channels, features = kernel_shape
     batch, rows, columns = g.shape[:3]
@@ -290,7 +291,9 @@ def _by_planes(
     lhs = lhs.reshape(x.shape[1], x.shape[2], channels // pair, pair, batch)
     rhs = rhs.reshape(rows, columns, batch, features)
     out = jnp.zeros((channels // pair, height, width * pair, features), x.dtype)
-    for begin, end in _parts(rows, rhs.nbytes // rows):
+    # A batch of unknown size (jax.export) is one part.
+    row_bytes = rhs.nbytes // rows if isinstance(batch, int) else 0
+    for begin, end in _parts(rows, row_bytes):
         # The rows of x that these rows of the cotangent meet; some may be padding.
         first, last = s0 * begin - top, s0 * (end - 1) + height - top
         met = slice(max(first, 0), min(last, x.shape[1]))

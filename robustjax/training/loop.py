@@ -102,15 +102,16 @@ def fit(
     mesh: Any = None,
     shard_params: bool = False,
     start: tuple[PyTree, PyTree] | None = None,
-    compiler_options: Mapping[str, bool | str] | None = None,
+    compiler_options: Mapping[str, bool | int | str] | None = None,
 ) -> FitResult:
     """Train `model` by `method`.
 
     The same call on the same `out` goes on where the run stopped, and ends with the
     bits of an unbroken run (on CPU; on GPU under `--xla_gpu_deterministic_ops=true`).
-    With `out`, SIGTERM (a machine is taken away) ends it after the present call, with a
-    checkpoint of its last step. With several processes (`parallel.initialize`) all make
-    the same call, with a mesh of all devices and an `out` that all of them see.
+    With `out`, SIGTERM (a machine is taken away) ends it after the calls that are under
+    way, three at most, with a checkpoint of the last step. With several processes
+    (`parallel.initialize`) all make the same call, with a mesh of all devices and an
+    `out` that all of them see.
 
     Args:
       key: decides the weights, the order of the data and all noise.

@@ -21,6 +21,7 @@ from robustjax.data import augment
 from robustjax.data.resident import resident
 from robustjax.methods.madry import madry
 from robustjax.methods.microbatch import microbatches
+from robustjax.models import forms
 from robustjax.models.base import from_linen, logits_fn
 from robustjax.models.layers import BatchNorm, Conv, Dense
 from robustjax.parallel import data_mesh, put_global, replicated, split_rows
@@ -107,17 +108,17 @@ def test_attacks_never_talk(norm):
     assert "num_partitions=4" in text  # it was divided at all
 
 
-def dispatched(method, model, mesh, shard_params=False):
-    """The program of one training step as `fit` runs it, augmentation included."""
+def dispatched(method, model, mesh, shard_params=False, *, shape=SHAPE, steps=1):
+    """The program of training steps as `fit` runs it, augmentation included."""
     rng = np.random.default_rng(0)
-    data = resident(rng.integers(0, 256, (64, *SHAPE), np.uint8), np.arange(64) % 10)
+    data = resident(rng.integers(0, 256, (64, *shape), np.uint8), np.arange(64) % 10)
     tx = sgd(0.1, clip_norm=1.0) if shard_params else sgd(0.1)
     run = Dispatcher(
         make_train_step(sharing(method, mesh) if shard_params else method, tx, 0.9),
         data,
         jax.random.key(1),
         batch_size=ROWS,
-        steps_per_dispatch=1,
+        steps_per_dispatch=steps,
         num_steps=10,
         augment=augment.compose(augment.random_crop, augment.random_flip),
         mix=None,
@@ -153,6 +154,29 @@ def test_a_step_has_one_all_reduce():
     assert one.kind == "all-reduce" and not one.in_loop
     expected = sizes(leaf.shape for leaf in jax.tree.leaves((params, extra)))
     assert sizes(one.shapes) == sorted([*expected, 1, 1])  # loss and accuracy
+
+
+class Odd(nn.Module):
+    """Channels, kernels, strides and sizes of which nothing divides anything."""
+
+    groups: int
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        for kernel, stride, width in ((3, 1, 6), (3, 2, 7), (5, 1, 8), (3, 3, 33)):
+            x = Conv(width, kernel, stride=stride, padding=kernel // 2)(x)
+            x = BatchNorm(batch_groups=self.groups)(x, train=train)
+            x = nn.relu(x)
+        return Dense(10)(x.reshape(x.shape[0], -1))
+
+
+def test_gradients_of_kernels_gather_nothing(monkeypatch):
+    """Several steps in a loop, kernels' gradients in several parts."""
+    monkeypatch.setattr(forms, "CACHED", 2**12)
+    mesh, model = data_mesh(), from_linen(Odd(4))
+    method = madry(model, linf(0.1), ATTACK, bn_mode="batch")
+    found = dispatched(method, model, mesh, shape=(9, 8, 3), steps=10)
+    assert [c.kind for c in found] == ["all-reduce"]
 
 
 def test_global_statistics_bring_their_own():
