@@ -195,7 +195,8 @@ def first_delta(problem: Problem, key: Key, random_start: bool) -> Array:
     if problem.start is not None:
         return threats.project(problem.threat, problem.x, problem.start - problem.x)
     if not random_start:
-        return jnp.zeros_like(problem.x)
+        # A zero that the compiler sees is folded through the first step, for seconds.
+        return jax.lax.optimization_barrier(jnp.zeros_like(problem.x))
     keys = example_keys(key, problem.index)
     return threats.random_start(problem.threat, keys, problem.x)
 
