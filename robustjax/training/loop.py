@@ -6,6 +6,7 @@ of steps; checkpoints hold whole stretches.
 """
 
 import contextlib
+import functools
 import math
 import sys
 import time
@@ -21,6 +22,7 @@ from robustjax.data.resident import Resident
 from robustjax.logging import LiveLine, plain
 from robustjax.methods.base import Method
 from robustjax.models.base import Model
+from robustjax.models.compiling import quick_options
 from robustjax.parallel import (
     check_rows,
     fetch,
@@ -232,6 +234,8 @@ def fit(
         remembered, history = run_folder.open_run(out, settings, config)
     best: dict[str, Any] | None = None
     seconds = 0.0
+    # The full level takes half a minute for the random numbers of a ResNet's weights.
+    made = functools.partial(jax.jit, compiler_options=quick_options(1))
     if mesh is not None:
         shapes = jax.eval_shape(fresh, start)
         run_steps.placement = placement(shapes, mesh, shard_params)
@@ -243,9 +247,9 @@ def fit(
         if remembered.get("sums"):
             run_steps.go_on_from(state, remembered["sums"])
     elif shard_params:  # never whole on one device
-        state = jax.jit(fresh, out_shardings=run_steps.placement)(start)
+        state = made(fresh, out_shardings=run_steps.placement)(start)
     else:
-        state = put_global(jax.jit(fresh)(start), sharding)
+        state = put_global(made(fresh)(start), sharding)
     best_weights: tuple[PyTree, PyTree] | None = None
 
     line = LiveLine(_stream(log))

@@ -5,6 +5,7 @@ what an unbroken one sees. `together` joins them. `fit` itself stops at values t
 not finite, and names the first offender; `with_norms` adds norms to its training rows.
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from robustjax.losses import cross_entropy
 from robustjax.methods.base import Method
 from robustjax.metrics import Mean
 from robustjax.models.base import Model, logits_fn, require_model
+from robustjax.models.compiling import convolution_options, quick_options
 from robustjax.problems import Problem, example_keys, predictions, untargeted
 from robustjax.threats import ThreatModel
 from robustjax.types import Array, PyTree
@@ -260,7 +262,9 @@ def _over_rows(
         raise TypeError(f"examples are {x.dtype}; give floats in the model's box.")
     size = min(batch_size, len(x))
 
-    @jax.jit
+    @functools.partial(
+        jax.jit, compiler_options=convolution_options() | quick_options(1)
+    )
     def batch(weights: tuple[PyTree, PyTree], x: Array, y: Array, index: Array):
         f = logits_fn(model, *weights)
         problem = untargeted(f, x, y, threat, cross_entropy, index=index)
