@@ -78,10 +78,10 @@ class Clock:
 def train_robustjax(options: argparse.Namespace, folder: Path) -> None:
     import jax
 
-    from robustjax import data, models
+    from experiments import machine
+    from robustjax import data
     from robustjax.methods.fast import fast
     from robustjax.models import importers
-    from robustjax.models.compiling import quick_options
     from robustjax.threats import linf
     from robustjax.training import optimizers
     from robustjax.training.loop import fit
@@ -114,8 +114,7 @@ def train_robustjax(options: argparse.Namespace, folder: Path) -> None:
         validate=validate,
         best_metric="epoch",
         out=folder / "run",
-        steps_per_dispatch=10,  # temporary memory is asked for once in ten steps
-        compiler_options=models.convolution_options() | quick_options(1),
+        **machine.step_options(),
         log=False,
         start=tuple(start),
     )

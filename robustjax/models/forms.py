@@ -271,8 +271,8 @@ def _by_planes(
     at 32 x 32). With AVX-512 it has not been measured.
 
     oneDNN reads the whole cotangent again for every few outputs, so a part of its rows
-    at a time, of a size that stays in the cache. Of x it
-    needs the memory three to five times.
+    at a time, of a size that stays in the cache. Its temporaries take three to five
+    times the memory of x.
     """
     height, width, channels, features = kernel_shape
     batch, rows, columns = g.shape[:3]
