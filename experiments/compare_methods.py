@@ -31,7 +31,7 @@ from experiments.contestants import CONTESTANTS, Setting, chosen
 from experiments.evaluate import BUDGETS
 from robustjax import data, models, plots
 from robustjax.logging import duration
-from robustjax.training import checkpoint, monitors, optimizers, run_folder
+from robustjax.training import monitors, optimizers, run_folder
 from robustjax.training.curves import draw_run
 from robustjax.training.loop import fit
 from robustjax.training.weights import weights_of
@@ -263,10 +263,10 @@ def train(
 def compiled_with(folder: Path, steps: int) -> dict[str, Any]:
     """The compiler's options of a net that is finished: nothing is compiled any more,
     and a net that an earlier version made with others stays in the table."""
-    if run_folder.last_step(folder) != steps:
+    remembered = run_folder.remembered_of(folder)
+    if remembered is None or remembered["step"] != steps:
         return {}
-    meta = checkpoint.read_meta(folder / run_folder.CHECKPOINTS, steps)
-    return {"compiler_options": meta["remembered"]["settings"]["compiler_options"]}
+    return {"compiler_options": remembered["settings"]["compiler_options"]}
 
 
 def watch(watched: monitors.Monitor) -> Callable[[Any, Any], dict[str, float]]:

@@ -26,6 +26,19 @@ def last_step(out: Path) -> int | None:
     return found[-1] if found else None
 
 
+def remembered_of(out: Path) -> dict[str, Any] | None:
+    """What the newest complete checkpoint remembers, among it "step", "best" and
+    "settings"; None: there is none.
+
+    Raises:
+      ValueError: the checkpoint is damaged.
+    """
+    step = last_step(out)
+    if step is None:
+        return None
+    return checkpoint.read_meta(out / CHECKPOINTS, step)["remembered"]
+
+
 def open_run(
     out: Path, settings: Mapping[str, Any], config: Any
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
@@ -47,10 +60,9 @@ def open_run(
     """
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"out {out} is a file; give a folder.")
-    step = last_step(out)
-    remembered = None
-    if step is not None:
-        remembered = checkpoint.read_meta(out / CHECKPOINTS, step)["remembered"]
+    step, remembered = None, remembered_of(out)
+    if remembered is not None:
+        step = remembered["step"]
         check_settings(out, remembered["settings"], plain(settings))
     rows: list[dict[str, Any]] = []
     wait_for_all("run folder was read")

@@ -45,8 +45,9 @@ def load_weights(
             f"of a training (it has a folder {run_folder.CHECKPOINTS})."
         )
     if which == "best":
-        best = checkpoint.read_meta(folder, last)["remembered"]["best"]
-        which = best["step"] if best else last
+        remembered = run_folder.remembered_of(Path(out))
+        assert remembered is not None  # for `last` is not
+        which = (remembered["best"] or remembered)["step"]
     elif which == "last":
         which = last
     if not isinstance(which, int):
