@@ -35,8 +35,10 @@ SHAPES = {
 # What a config says beside how the weights come about; may differ on resume.
 NOT_TRAINING = (
     *("preset", "out", "data_dir"),
-    *("num_test", "test_steps", "num_restarts", "suite", "machine"),
+    *("num_test", "test_steps", "num_restarts", "suite"),
 )
+# Of a config's `Machine`, what may not.
+ARITHMETIC = ("dtype", "microbatches")
 
 
 def parse(
@@ -162,14 +164,20 @@ def build_model(
     width: int | None = None,
     depth: int | None = None,
     activation: str = "relu",
+    bn_momentum: float = 0.9,
     on: Machine = machine.HERE,
 ) -> models.Model:
-    """The net of a config; it normalizes its inputs itself."""
+    """The net of a config; it normalizes its inputs itself.
+
+    `bn_momentum` is that of nets with BatchNorm.
+    """
     mean, std = (0.0,), (1.0,)
     if dataset == "cifar10":
         mean, std = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
     blocks = name in ("preact_resnet18", "wide_resnet")
     more = {"mean": mean, "std": std, **machine.net_options(on, blocks)}
+    if name in ("preact_resnet18", "resnet18", "wide_resnet"):
+        more["momentum"] = bn_momentum
     if name == "preact_resnet18":
         more |= {"width": width or 16, "activation": activation}
         found = models.preact_resnet18(num_classes, **more)
@@ -209,6 +217,9 @@ def training_part(config: Any) -> dict[str, Any]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in NOT_TRAINING:
+            continue
+        if isinstance(value, Machine):
+            fields |= {name: getattr(value, name) for name in ARITHMETIC}
             continue
         inside = dataclasses.is_dataclass(value)
         fields.update(training_part(value) if inside else {field.name: value})

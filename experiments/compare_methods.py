@@ -235,7 +235,7 @@ def train(
         validate=watch(task.watched),
         checkpoint_every=-(-steps // 8),
         out=folder,
-        config={**task.decides, "method": name},
+        config={**task.decides, "method": versioned(name)},
         ema_decay=one.ema_decay(setting) if one.ema_decay else None,
         **machine.step_options() | compiled_with(folder, steps),
     )
@@ -289,7 +289,17 @@ def watch(watched: monitors.Monitor) -> Callable[[Any, Any], dict[str, float]]:
 
 def folder_of(task: Task, name: str, seed: int) -> Path:
     """Where a net is."""
-    return task.out / "nets" / f"{name}_{seed}"
+    return task.out / "nets" / f"{versioned(name)}_{seed}"
+
+
+def versioned(name: str) -> str:
+    """The row's name, from its second version on with the number.
+
+    >>> versioned("madry"), versioned("free")
+    ('madry', 'free_v2')
+    """
+    version = CONTESTANTS[name].version
+    return name if version == 1 else f"{name}_v{version}"
 
 
 def judged(task: Task, name: str, seed: int, count: int) -> Path:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from experiments import ideas
 from experiments.contestants import CONTESTANTS, MULTINORM, SINGLE
@@ -15,7 +16,10 @@ NORMS = ("Linf", "L2", "L1")
 def summarize(name: str, rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Means over seeds; and how far from the yardstick, with a 95 % interval.
 
-    The interval is over test images, of the mean over seeds for each image.
+    With one seed in common the interval is over test images alone: what another
+    training would give is not in it. From two on, `half = sqrt((1.96 s / sqrt(n))^2 +
+    (t d / sqrt(m))^2)`: s is the deviation over the n images of the mean over seeds, d
+    that of the difference over the m seeds, t Student's quantile for m - 1.
     """
     one, runs = CONTESTANTS[name], rows[name]
     aim, yardstick = ("union", "madry_linf") if one.union else ("Linf", "madry")
@@ -33,9 +37,19 @@ def summarize(name: str, rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, 
     for number in ("seconds", "cpu_seconds"):
         found[number] = float(np.mean([r[number] for r in runs]))
     if yardstick in rows and name != yardstick:
-        other = np.array([r["right"][aim] for r in rows[yardstick]])
-        each = right[aim].mean(0) - other.mean(0)
-        half = 1.96 * each.std(ddof=1) / len(each) ** 0.5
+        ours, theirs = (
+            {r["seed"]: np.asarray(r["right"][aim], float) for r in rows[n]}
+            for n in (name, yardstick)
+        )
+        seeds = sorted(ours.keys() & theirs.keys())
+        if not seeds:
+            return found
+        each = np.array([ours[seed] - theirs[seed] for seed in seeds])
+        half = 1.96 * each.mean(0).std(ddof=1) / each.shape[1] ** 0.5
+        if len(seeds) > 1:
+            quantile = stats.t.ppf(0.975, len(seeds) - 1)
+            by_seed = quantile * each.mean(1).std(ddof=1) / len(seeds) ** 0.5
+            half = np.hypot(half, by_seed)
         found["minus_yardstick"] = float(each.mean())
         found["half_interval"] = float(half)
     return found
@@ -80,10 +94,11 @@ def table(
         *told,
         'Robust: `evaluate(suite="fast")`. One standard error of '
         f"one net's accuracy at 0.5 is {0.5 / count**0.5:.3f}; the column +- is the "
-        "95 % interval of the difference to the yardstick, over images. !: an attack "
-        "or check found signs of masked gradients; *: FGSM and PGD parted on training "
-        "images (catastrophic overfitting). Seconds are those of training: CPU with "
-        "compiling, wall without.",
+        "95 % interval of the difference to the yardstick, over images (of several "
+        "seeds over these, too; of one, another training may part by more). !: an "
+        "attack or check found signs of masked gradients; *: FGSM and PGD parted on "
+        "training images (catastrophic overfitting). Seconds are those of training: "
+        "CPU with compiling, wall without.",
     ]
     text += [f"No end: {run}: {error}" for run, error in failed.items()]
     for union in (False, True):

@@ -15,7 +15,8 @@ checkpoint is the best one, from before. docs/reproduce.md says what was measure
 `paper` has NOT been run here: it wants an accelerator. Published, not measured here:
 clean 86.06, PGD-50 with 10 restarts 46.06 in 12 minutes (the authors' README; their
 issue 8 has re-runs by users of 79.30 and 45.31); AutoAttack 43.21 (RobustBench).
-15 epochs, rate 0 to 0.2 and back in two equal parts, weight decay 5e-4.
+15 epochs, rate 0 to 0.2 and back in two equal parts, momentum 0.9 to 0.8 and back
+(CyclicLR's default, which their code takes), weight decay 5e-4.
 Differs from the authors' code: see `methods/fast.py`; 1,000 training images are held
 out and choose the checkpoint (theirs stops when PGD-5 on a training batch falls by more
 than 0.2); activated shortcuts and a last BatchNorm in the net; float32, not half.
@@ -57,6 +58,7 @@ PRESETS = {
             width=64,
             num_epochs=15,
             warmup=0.5,
+            momentum=(0.9, 0.8),
             nesterov=False,
             num_test=10_000,
         ),

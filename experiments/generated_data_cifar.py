@@ -15,10 +15,12 @@ from these. `small`: PreActResNet-18 of width 16, 20,000 images held back, two s
 Published, not measured here: WideResNet-28-10 clean 92.44, AutoAttack 67.31 (the
 authors' README; its longest runs had 20 million images). 400 epochs of 50,000 images,
 batches of 512, 0.7 of each generated, beta 5, 10 steps of 2/255, labels smoothed by
-0.1, rate 0.2 (cosines, 0.025 of the training up), averaged weights (0.995).
+0.1, rate 0.2 (cosines, 0.025 of the training up), momentum 0.95 to 0.85 and back
+(OneCycleLR's default), averaged weights (0.995), BatchNorm's statistics with 0.99.
 Differs from the authors' code: see `methods/generated.py`; the rate follows its curve
-from step to step, theirs from epoch to epoch; the averaging has no warm-up; 1,024
-training images choose the checkpoint by PGD-10.
+from step to step, theirs from epoch to epoch; the averaging has no warm-up and takes
+BatchNorm's statistics in, which theirs copies; the first step does not set these
+statistics anew; 1,024 training images choose the checkpoint by PGD-10.
 """
 
 from dataclasses import dataclass
@@ -78,6 +80,8 @@ PRESETS = {
             batch_size=512,
             schedule="cosine_cycle",
             warmup=0.025,
+            momentum=(0.95, 0.85),
+            bn_momentum=0.99,
             decay="kernels",
             ema_decay=0.995,
             num_validation=1024,

@@ -19,7 +19,8 @@ README). The settings of the phases were read in the copy of the authors' config
 in the N-FGSM repository.
 Differs from the authors' code: images are scaled to 5/4 of the crop and cut square,
 then cropped at random, where theirs take a part of random size and shape; the momentum
-begins anew with each phase; `methods/fast.py` says more.
+begins anew with each phase; no weight decay on the last layer's bias, as on BatchNorm,
+which theirs spares too; `methods/fast.py` says more.
 """
 
 from collections.abc import Callable
@@ -38,8 +39,8 @@ from robustjax import data, models, parallel
 from robustjax.data.folder import ImageFolder
 from robustjax.methods.fast import fast
 from robustjax.training import monitors, optimizers
-from robustjax.training.loop import fit
-from robustjax.types import Batch
+from robustjax.training.loop import FitResult, fit
+from robustjax.types import Batch, PyTree
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -187,6 +188,14 @@ def num_epochs(config: Config, phase: int) -> int:
     return config.ends[phase] - (0, *config.ends)[phase]
 
 
+def carried_on(trained: FitResult) -> tuple[PyTree, PyTree]:
+    """What the next phase begins with: the last weights, but where a collapse ended the
+    phase, be it in its last epoch, those of the best checkpoint."""
+    if any(row.get("stop") for row in trained.history):
+        return trained.params, trained.extra
+    return trained.state.params, trained.state.extra
+
+
 def main(config: Config) -> dict[str, Any]:
     began = common.start()
     train, root = opened(config.images), str(config.images)
@@ -213,6 +222,7 @@ def main(config: Config) -> dict[str, Any]:
                 rate(config, phase, per_epoch),
                 nesterov=False,
                 weight_decay=config.weight_decay,
+                decay="kernels",
             ),
             batches(root, crop, batch_size, config.seed + phase),
             mix=cut(crop),
@@ -229,9 +239,7 @@ def main(config: Config) -> dict[str, Any]:
             **machine.fit_options(on, batch_size),
             compiler_options=models.convolution_options(),
         )
-        weights = trained.params, trained.extra
-        if int(trained.state.step) == num_steps:  # not ended by a collapse
-            weights = trained.state.params, trained.state.extra
+        weights = carried_on(trained)
     assert weights is not None
     report = rj.evaluate(
         models.logits_fn(model, *weights),

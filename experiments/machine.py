@@ -1,7 +1,7 @@
 """On what an experiment runs: devices, processes, precision, memory. All from flags.
 
-None of it belongs to what is trained: a run may go on with other values, on another
-number of devices.
+A run may go on with other values, on another number of devices, but for `dtype` and
+`microbatches`: they change the arithmetic and what BatchNorm sees.
 """
 
 import contextlib

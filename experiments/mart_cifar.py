@@ -9,10 +9,10 @@
 39,000 of the first 40,000 training images. docs/reproduce.md says what was measured.
 
 `paper` (ResNet-18, beta 5, SGD 0.01, weight decay 3.5e-3, 120 epochs) and `wide`
-(WideResNet-34-10, beta 6, SGD 0.1, 7e-4, 90 epochs), a tenth after epochs 75, 90 and
-100, have NOT been run here: they want an accelerator. Published, not measured here:
-ResNet-18 AutoAttack 47.51, WideResNet-34-10 51.89 (MAIR's README, its own runs of the
-method); the authors' 87.50 and 56.29 are with 500,000 more images.
+(WideResNet-34-10, beta 6, SGD 0.1, 7e-4, 90 epochs), a tenth from epochs 75, 90 and 100
+on, counted from 1, have NOT been run here: they want an accelerator. Published, not
+measured here: ResNet-18 AutoAttack 47.51, WideResNet-34-10 51.89 (MAIR's README, its
+own runs of the method); the authors' 87.50 and 56.29 are with 500,000 more images.
 Differs from the authors' code: see `methods/mart.py`; 1,000 training images are held
 out and choose the checkpoint; inputs are normalized by the data set's mean, theirs not.
 """
@@ -55,7 +55,7 @@ PRESETS = {
             epsilon="0.031",
             num_epochs=120,
             schedule="piecewise",
-            boundaries=(75, 90, 100),
+            boundaries=(74, 89, 99),
             learning_rate=0.01,
             weight_decay=3.5e-3,
             nesterov=False,
@@ -74,7 +74,7 @@ PRESETS = {
             epsilon="0.031",
             num_epochs=90,
             schedule="piecewise",
-            boundaries=(75, 90, 100),
+            boundaries=(74, 89, 99),
             learning_rate=0.1,
             weight_decay=7e-4,
             nesterov=False,

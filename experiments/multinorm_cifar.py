@@ -29,7 +29,7 @@ import robustjax as rj
 from experiments import common, machine, recipe
 from experiments.recipe import Recipe
 from robustjax import models
-from robustjax.attacks.apgd import apgd
+from robustjax.attacks.apgd import apgd, apgd_training
 from robustjax.methods.base import BnMode, Method
 from robustjax.methods.eat import eat
 from robustjax.methods.msd import msd
@@ -103,7 +103,7 @@ def build(config: Config, model: models.Model) -> Method:
     if len(sizes) != len(threats):
         raise ValueError(f"step_sizes={sizes}: give one each for Linf, L2 and L1.")
     if config.method == "eat":
-        attack_fn = apgd(steps, large_epsilon_phases=False)
+        attack_fn = apgd_training(steps)
         return eat(model, threats[::2], attack_fn, bn_mode=config.bn_mode)
     if config.method == "msd":
         return msd(

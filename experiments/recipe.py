@@ -68,8 +68,12 @@ class Recipe:
     """L2 penalty."""
     decay: Literal["all", "kernels"] = "all"
     """What is decayed: every weight, or no norm scales and biases."""
+    momentum: tuple[float, ...] = (0.9,)
+    """One value; or, with a cycle, two: at the lowest rate and at the highest."""
     nesterov: bool = True
-    """Of the momentum 0.9."""
+    """Whether the momentum looks ahead."""
+    bn_momentum: float = 0.9
+    """Weight of BatchNorm's old running statistics."""
     ema_decay: float | None = None
     """Average the weights with this decay and use the averages."""
 
@@ -124,6 +128,7 @@ def prepare(recipe: Recipe) -> Prepared:
     model = common.build_model(
         *(recipe.model, "cifar10", splits.num_classes),
         *(recipe.width, recipe.depth, recipe.activation),
+        bn_momentum=recipe.bn_momentum,
         on=recipe.machine,
     )
     return Prepared(began, splits, model, rj.linf(recipe.epsilon))
@@ -150,7 +155,8 @@ def train(
     """
     recipe: Recipe = getattr(config, "recipe", config)
     num_steps, per_epoch = length(recipe, ready.splits.train.x.shape[0])
-    rate = schedule(recipe, num_steps * method.repeats, per_epoch * method.repeats)
+    sizes = num_steps * method.repeats, per_epoch * method.repeats
+    rate = schedule(recipe, *sizes)
     method = machine.method(recipe.machine, method)
     if recipe.monitors:
         method = monitors.with_norms(method)
@@ -170,6 +176,7 @@ def train(
     }
     tx = optimizers.sgd(
         rate,
+        momentum=momentum(recipe, sizes[0], rate),
         nesterov=recipe.nesterov,
         weight_decay=recipe.weight_decay,
         decay=recipe.decay,
@@ -224,6 +231,33 @@ def schedule(recipe: Recipe, num_steps: int, per_epoch: int) -> optimizers.Sched
         halves = [num_steps // 2, num_steps * 3 // 4]
         return optimizers.piecewise(peak, steps or halves)
     return optimizers.linear([peak * value for value in recipe.values], steps)
+
+
+def momentum(
+    recipe: Recipe, num_steps: int, rate: optimizers.Schedule
+) -> float | optimizers.Schedule:
+    """SGD's, at each update where it changes.
+
+    Raises:
+      ValueError: neither one nor two values, or two without a cycle.
+    """
+    if len(recipe.momentum) == 1:
+        return recipe.momentum[0]
+    if len(recipe.momentum) != 2 or "cycle" not in recipe.schedule:
+        raise ValueError(
+            f"momentum is {recipe.momentum} with the schedule {recipe.schedule!r}; "
+            "give one value, or two with one_cycle or cosine_cycle."
+        )
+    high, low = recipe.momentum
+    if recipe.schedule == "one_cycle":
+        return optimizers.against(rate, recipe.learning_rate, high, low)
+    return optimizers.cosine_cycle(  # the rate's own phases, upside down
+        low,
+        num_steps,
+        warmup_steps=round(recipe.warmup * num_steps),
+        first=high / low,
+        final=high / low,
+    )
 
 
 def watch(recipe: Recipe, ready: Prepared, on_collapse: Collapse | None) -> Validate:

@@ -10,9 +10,9 @@ training images. docs/reproduce.md says what was measured.
 
 `paper` has NOT been run here: it wants an accelerator. Published, not measured here, at
 epsilon 0.031: clean 84.92, PGD-20 with steps of 0.003 56.61, AutoAttack 53.08 (the
-authors' README). WideResNet-34-10, 10 steps of 0.007, SGD 0.1, a tenth after epochs 75,
-90 and 100 of 76 (their code; the text of older versions has 100 or 120 epochs), weight
-decay 2e-4.
+authors' README). WideResNet-34-10, 10 steps of 0.007, SGD 0.1, a tenth from epochs 75,
+90 and 100 on, counted from 1, of 76 (their code; the text of older versions has 100 or
+120 epochs), so after 74 whole ones; weight decay 2e-4.
 Differs from the authors' code: see `methods/trades.py`; 1,000 training images are held
 out and choose the checkpoint, theirs is the last; inputs are normalized by the data
 set's mean, theirs not.
@@ -56,7 +56,7 @@ PRESETS = {
             epsilon="0.031",
             num_epochs=76,
             schedule="piecewise",
-            boundaries=(75, 90, 100),
+            boundaries=(74, 89, 99),
             learning_rate=0.1,
             weight_decay=2e-4,
             nesterov=False,

@@ -224,7 +224,7 @@ def test_imports_keep_to_their_floor(module):
         ("data.new", "import grain", "outside of a function"),
         ("attacks.new", "import sklearn", "sklearn is not declared"),
         ("data.new", "def f():\n    import tensorflow", "tensorflow is not declared"),
-        ("attacks.new", "import scipy", "scipy is in an extra"),
+        ("attacks.new", "import equinox", "equinox is in an extra"),
         ("attacks.new", "from jax._src import core", "private: jax._src"),
         ("attacks.new", "import jax\njax._src.core.Tracer", "private: jax._src"),
         ("attacks.new", "from robustjax.norms import _sort", "private: robustjax"),

@@ -18,6 +18,7 @@ from robustjax.attacks.base import (
     AttackFn,
     Info,
     Result,
+    evaluate_point,
     first_delta,
     inform,
     multi_target,
@@ -49,7 +50,7 @@ _SMALLEST = 0.1  # the least step size, of the first one
         "density",
         "grain",
     ],
-    meta_fields=["reference", "sparse"],
+    meta_fields=["reference", "sparse", "random_start"],
 )
 @dataclasses.dataclass(frozen=True)
 class Apgd:
@@ -69,6 +70,7 @@ class Apgd:
         0: not at all, 1 at most. Of use under L2; not with `reference`.
       reference: keep what parity with the authors' code needs.
       sparse: the L1 rule.
+      random_start: begin at a random point, False: at x.
     """
 
     window: Any
@@ -81,6 +83,7 @@ class Apgd:
     grain: Any = 0.0
     reference: bool = True
     sparse: bool = False
+    random_start: bool = True
 
 
 class ApgdState(NamedTuple):
@@ -123,6 +126,8 @@ def apgd_settings(
     momentum: float = 0.75,
     reference: bool = True,
     grain: float = 0.0,
+    density: float = 0.2,
+    random_start: bool = True,
 ) -> Apgd:
     """The schedule for `num_steps` moves.
 
@@ -138,6 +143,9 @@ def apgd_settings(
       momentum: see `Apgd`; the sparse rule has none.
       reference: keep what parity with the authors' code needs, see `kernel`.
       grain: see `Apgd`.
+      density: the fraction of coordinates that the first moves of the sparse rule
+        change; other rules have none.
+      random_start: see `Apgd`.
 
     Raises:
       ValueError: for fewer than one step, or a number out of its range.
@@ -160,6 +168,8 @@ def apgd_settings(
             raise ValueError(f"{name}={value}: must lie in [0, 1]; 0.75 is usual.")
     if not 0 <= grain <= 1:  # above 1 all entries could become 0
         raise ValueError(f"grain={grain}: must lie in [0, 1]; 0 does not round.")
+    if not 0 < density <= 1:
+        raise ValueError(f"density={density}: must lie in (0, 1]; 0.2 is usual.")
     if grain and reference:
         raise ValueError(f"grain={grain} needs reference=False: theirs does not round.")
     first, last, decrement = 0.22, 0.06, max(int(0.03 * num_steps), 1)
@@ -173,10 +183,11 @@ def apgd_settings(
         first_step=float(first_step),
         momentum=float(momentum),
         # Where the norm is data (AnyOf) L1 moves as many coordinates as PGD does.
-        density=0.2 if sparse else 0.005,
+        density=float(density) if sparse else 0.005,
         grain=float(grain),
         reference=reference,
         sparse=sparse,
+        random_start=random_start,
     )
 
 
@@ -188,7 +199,7 @@ def kernel(settings: Apgd) -> Attack:
     the first move. At a checkpoint the step size is halved, and the row goes on from
     its best point with the gradient found there, where at most `rho * window` moves
     raised the score, or where the best score did not rise in the window and the step
-    size was not halved before it. The start: `problem.start`, or random.
+    size was not halved before it. The start: `problem.start`, or random, or x.
 
     The sparse rule (L1) has no momentum and moves the top `density` fraction of
     coordinates. At a checkpoint the number of changed coordinates of the best point is
@@ -350,6 +361,56 @@ def apgd(
     return restarts(one, num_restarts)
 
 
+def apgd_training(num_steps: int = 10) -> AttackFn:
+    """APGD as the inner attack of E-AT and RAMP: what to learn from, not a verdict.
+
+    It starts at x, under L1 in one phase whose first moves change 5 % of the
+    coordinates, and returns the point of the highest score, success or not. `success`
+    says whether any point on the way fooled the model, so it can be True where `x_adv`
+    does not: E-AT counts robust accuracy so.
+    Reference: Croce and Hein, arXiv 2105.12508 (`apgd_train` of their repository
+    fra31/robust-finetuning).
+
+    Args:
+      num_steps: moves.
+
+    Raises:
+      ValueError: for fewer than one step.
+
+    >>> import jax, jax.numpy as jnp, robustjax as rj
+    >>> x, y = jnp.full((1, 2), 0.5), jnp.array([0])
+    >>> problem = rj.untargeted(lambda x: x, x, y, rj.linf(0.1))
+    >>> apgd_training(10)(jax.random.key(0), problem).x_adv
+    Array([[0.4, 0.6]], dtype=float32)
+    """
+    apgd_settings(num_steps)  # bad numbers raise here, not in the trace
+
+    def attack_fn(key: Key, problem: Problem) -> Result:
+        settings = apgd_settings(
+            num_steps, problem.threat.norm, density=0.05, random_start=False
+        )
+        attack = kernel(settings)
+        key_init, key_steps, key_final = jax.random.split(key, 3)
+
+        def body(carry: tuple[ApgdState, Array], t: Array) -> tuple[Any, None]:
+            state, fooled = carry
+            step_key = jax.random.fold_in(key_steps, t)
+            state, info = attack.step(step_key, state, problem)
+            return (state, fooled | info.success), None
+
+        begun = attack.init(key_init, problem), jnp.zeros(problem.x.shape[:1], bool)
+        (state, fooled), _ = jax.lax.scan(body, begun, jnp.arange(num_steps))
+        final = evaluate_point(problem, state.delta, key_final)
+        score = jnp.maximum(final.score, state.best_score)
+        delta = select(final.score > state.best_score, final.delta, state.best)
+        x_adv = threats.apply(problem.threat, problem.x, delta)
+        size = threats.size(problem.threat, delta)
+        result = Result(x_adv, fooled | final.success, size, score)
+        return jax.lax.stop_gradient(result)
+
+    return attack_fn
+
+
 def apgd_targeted(
     num_steps: int = 100,
     num_targets: int = 9,
@@ -427,8 +488,9 @@ def _normal(key: Key, problem: Problem) -> Array:
 
 def _start(settings: Apgd, key: Key, problem: Problem) -> Array:
     threat, x = problem.threat, problem.x
-    if problem.start is not None or not (settings.sparse or settings.reference):
-        return first_delta(problem, key, random_start=True)
+    given = problem.start is not None or not settings.random_start
+    if given or not (settings.sparse or settings.reference):
+        return first_delta(problem, key, settings.random_start)
     if settings.sparse:
         return threats.project(threat, x, _normal(key, problem))
     draw = threats.sample(threat, example_keys(key, problem.index), x)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from robustjax.attacks.apgd import apgd
+from robustjax.attacks.apgd import apgd_training
 from robustjax.attacks.base import AttackFn, Result
 from robustjax.methods.base import (
     Aux,
@@ -47,8 +47,8 @@ def eat(
 
     Args:
       model, threats: what is trained, against which two or more threat models.
-      attack_fn: the inner maximization; None: APGD with 10 moves and, under L1, no
-        phases of larger budgets.
+      attack_fn: the inner maximization; None: `apgd_training(10)`. Who is robust is
+        what its `success` denies.
       bn_mode: BatchNorm inside the attack.
       outer: what the weights lower, `(logits, y) -> [B]`.
 
@@ -68,7 +68,7 @@ def eat(
     if len(threats) < 2:
         raise ValueError(f"{len(threats)} threat given; give two or more.")
     if attack_fn is None:
-        attack_fn = apgd(10, large_epsilon_phases=False)
+        attack_fn = apgd_training(10)
     for threat in threats:
         check_inner(model, attack_fn, threat, bn_mode)
     problem_of = inner_problem(model, threats[0], raise_loss(), bn_mode)

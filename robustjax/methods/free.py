@@ -20,10 +20,10 @@ def free(
 ) -> Method:
     """`repeats` updates on a batch, each also a step of the perturbation.
 
-    One pass at `box(x + delta)` gives both gradients:
-    `w <- tx(grad_w)`, `delta <- ball(delta + step_size * epsilon * steepest(grad_x))`.
-    `delta` `[B, ...]` is the carry: it belongs to the row, and the next batch begins
-    with it. The schedule of the optimizer counts updates: divide the epochs by
+    One pass at `x' = box(x + delta)` gives both gradients: `w <- tx(grad_w)`,
+    `delta <- project(x' - x + step_size * epsilon * steepest(grad_x'))`, on ball and
+    box. `delta` `[B, ...]` is the carry: it belongs to the row, and the next batch
+    begins with it. The schedule of the optimizer counts updates: divide the epochs by
     `repeats`.
 
     Args:
@@ -40,7 +40,12 @@ def free(
 
     Reference: Shafahi et al. 2019, Adversarial Training for Free!, arXiv:1904.12843.
     The replayed pass is the training pass, so it moves the running statistics, in train
-    mode, as in the authors' code. Differs from it: nothing (any norm).
+    mode, as in the authors' code. Differs from it: any norm; the gradient is the one at
+    x', as in the paper's algorithm, and delta stays in the box, as in the Free of Wong
+    et al., arXiv:2001.03994. The authors' code derives through the clipping to the box:
+    where `x + delta` lies outside it the gradient is 0, so that a black pixel once
+    pushed below black is never attacked again. On pictures with a black ground that is
+    most of them.
     """
     require_model(model)
     if repeats < 1:
@@ -49,21 +54,18 @@ def free(
     def init(params: PyTree, batch: Batch) -> PyTree:
         return jnp.zeros(batch.x.shape, jnp.promote_types(batch.x.dtype, jnp.float32))
 
-    def loss(params, delta, extra, batch, key):
-        x_adv = threats.apply(threat, batch.x, delta)
+    def loss(params, x_adv, extra, batch, key):
         logits, extra = model.apply(params, extra, x_adv, train=True, key=key)
         total, metrics = batch_loss(logits, batch, outer)
         return total, (extra, metrics)
 
     def grads(params, extra, carry, batch, step, key):
+        x_adv = threats.apply(threat, batch.x, carry)
         both = jax.grad(loss, argnums=(0, 1), has_aux=True)
-        (found, slope), (extra, metrics) = both(params, carry, extra, batch, key)
+        (found, slope), (extra, metrics) = both(params, x_adv, extra, batch, key)
         slope = jnp.where(jnp.isfinite(slope), slope, 0)
         move = threats.scale(threat, step_size * threats.steepest(threat, slope))
-        free_of_box = threats.ThreatModel(
-            threat.norm, threat.epsilon, -jnp.inf, jnp.inf
-        )
-        delta = threats.project(free_of_box, carry, carry + move)
+        delta = threats.project(threat, batch.x, x_adv - batch.x + move)
         return found, Aux(extra, delta, metrics)
 
     return Method(init, grads, repeats)

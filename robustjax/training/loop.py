@@ -284,6 +284,7 @@ def fit(
             stopping = preempted()
             if step < save_at and not stopping:
                 continue
+            run_steps.peek()  # what is not finite is not saved
             if validate is not None and step == save_at:
                 began = time.monotonic()
                 weights = whole(weights_of(state))

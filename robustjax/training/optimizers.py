@@ -170,10 +170,23 @@ def piecewise(
     return _warmed(after, value, warmup_steps)
 
 
+def against(rate: Schedule, peak: float, high: float, low: float) -> Schedule:
+    """Momentum that falls from `high` to `low` as the rate rises from 0 to `peak`.
+
+    `high - (high - low) * rate(t) / peak`. With `one_cycle` it is the momentum of
+    PyTorch's CyclicLR, whose defaults are 0.9 and 0.8.
+
+    >>> momentum = against(one_cycle(0.2, 100, warmup_steps=50), 0.2, 0.9, 0.8)
+    >>> [round(float(momentum(t)), 3) for t in (0, 25, 50, 75, 100)]
+    [0.9, 0.85, 0.8, 0.85, 0.9]
+    """
+    return lambda step: high - (high - low) * rate(step) / peak
+
+
 def sgd(
     learning_rate: float | Schedule,
     *,
-    momentum: float = 0.9,
+    momentum: float | Schedule = 0.9,
     nesterov: bool = True,
     weight_decay: float = 0.0,
     decay: Decay = "all",
@@ -186,7 +199,8 @@ def sgd(
 
     Args:
       learning_rate: a number or a schedule.
-      momentum: 0 to below 1.
+      momentum: 0 to below 1, or a schedule: PyTorch's CyclicLR and OneCycleLR lower it
+        while the rate rises (`against`).
       nesterov: look ahead.
       weight_decay: factor of the L2 penalty's gradient.
       decay: "all" weights, or "kernels" only: no norm scales and no biases.
@@ -198,7 +212,7 @@ def sgd(
     return _chain(
         clip_norm,
         _decayed(weight_decay, decay),
-        optax.trace(decay=momentum, nesterov=nesterov) if momentum else None,
+        _traced(momentum, nesterov),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -276,13 +290,36 @@ def _decayed(weight_decay: float, decay: Decay) -> optax.GradientTransformation 
     )
 
 
+def _traced(
+    momentum: float | Schedule, nesterov: bool
+) -> optax.GradientTransformation | None:
+    if callable(momentum):
+        scheduled = optax.inject_hyperparams(optax.trace, static_args=("nesterov",))
+        return scheduled(decay=momentum, nesterov=nesterov)
+    return optax.trace(decay=momentum, nesterov=nesterov) if momentum else None
+
+
 def _chain(
     clip_norm: float | None, *parts: optax.GradientTransformation | None
 ) -> optax.GradientTransformation:
     if clip_norm is not None and clip_norm <= 0:
         raise ValueError(f"clip_norm is {clip_norm}; give a positive number or None.")
-    clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+    clip = [] if clip_norm is None else [_clipped(clip_norm)]
     return optax.chain(*clip, *(part for part in parts if part is not None))
+
+
+def _clipped(clip_norm: float) -> optax.GradientTransformation:
+    """`clip_by_global_norm`, but a norm that is not finite clips nothing: divided by
+    it, every tensor would be NaN, and the first offender had no name."""
+    clip = optax.clip_by_global_norm(clip_norm)
+
+    def update(updates, state, params=None):
+        clipped, state = clip.update(updates, state, params)
+        finite = jnp.isfinite(optax.tree.norm(updates))
+        either = lambda a, b: jnp.where(finite, a, b)  # noqa: E731
+        return jax.tree.map(either, clipped, updates), state
+
+    return optax.GradientTransformation(clip.init, update)
 
 
 def _rest(num_steps: int, warmup_steps: int) -> int:

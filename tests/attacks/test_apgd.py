@@ -17,7 +17,7 @@ import pytest
 import robustjax as rj
 from robustjax import losses, testing, threats
 from robustjax.attacks import apgd as module
-from robustjax.attacks.apgd import apgd_settings, kernel
+from robustjax.attacks.apgd import apgd_settings, apgd_training, kernel
 from robustjax.norms import L1, L2, AnyOf, Linf
 
 B, D, HIDDEN, K = 3, 12, 8, 4
@@ -140,6 +140,8 @@ class Transcription:
         step, every = self.epsilon, max(int(0.04 * num_steps), 1)
         before = np.count_nonzero(point != self.x)
         density = before / D / 1.5
+        if not before:  # as the authors train: from the example itself
+            before, density = D, 0.05
         for i in range(num_steps):
             self.steps.append(step)
             order = np.sort(np.abs(grad))
@@ -229,6 +231,36 @@ def test_follows_a_plain_transcription(norm, momentum, rho, late):
         np.testing.assert_allclose(track["best"][:, i], plain.bests, atol=1e-7)
         np.testing.assert_allclose(best[i], plain.best[1], atol=1e-7)
     assert no_gains > 0 or not late or norm == "L1", "the second rule never decided"
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+def test_for_training_it_starts_at_the_example_and_ends_highest(norm):
+    """And who was fooled on the way counts, though the highest score fools nobody."""
+    net, num_steps = Net(), 10
+    fooled = lambda x_adv, y: net.logits(x_adv).argmax(-1) != y  # noqa: E731
+    with jax.enable_x64(True):
+        x, y = jnp.asarray(net.x), jnp.asarray(net.y)
+        threat = rj.ThreatModel(NORMS[norm], jnp.asarray(EPSILON[norm], x.dtype))
+        logits_fn = functools.partial(Net().logits, library=jnp)
+        problem = rj.untargeted(logits_fn, x, y, threat)
+        clean = logits_fn(x)
+        at_x = problem._replace(
+            success=lambda logits: (jnp.abs(logits - clean) < 1e-12).all(-1)
+        )
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def attacked(first):
+            given = at_x if first else problem
+            return apgd_training(num_steps)(jax.random.key(0), given)
+
+        found, told = (jax.tree.map(np.asarray, attacked(f)) for f in (False, True))
+        assert told.success.all() and (told.size > 0).all()
+    for i in range(B):
+        plain = Transcription(net, norm, net.x[i], net.y[i], net.x[i], num_steps)
+        np.testing.assert_allclose(found.x_adv[i], plain.best[1], atol=1e-7)
+        np.testing.assert_allclose(found.score[i], plain.best[0], rtol=1e-6)
+        ever = any(fooled(point, net.y[i]) for point in plain.points)
+        assert found.success[i] == ever
 
 
 def _problem(norm, rows=None, epsilon=None, start=None):

@@ -66,26 +66,33 @@ def test_names_are_checked_and_groups_expand():
         chosen(("pgd",))
 
 
-def run(clean, robust):
+def run(clean, robust, seed=0):
     """What one training and its judgment leave."""
     numbers = dict.fromkeys(
         ("updates", "gradients", "group", "epochs", "collapsed", "seconds"), 1.0
     )
     right = {"clean": np.array(clean, bool), "Linf": np.array(robust, bool)}
-    return {**numbers, "cpu_seconds": 2.0, "flags": [], "right": right}
+    return {**numbers, "seed": seed, "cpu_seconds": 2.0, "flags": [], "right": right}
 
 
 def test_a_summary_is_that_of_the_seeds():
     rows = {
-        "madry": [run([1, 1, 1, 0], [1, 0, 0, 0]), run([1, 1, 1, 1], [1, 1, 0, 0])],
-        "trades": [run([1, 1, 0, 0], [1, 1, 0, 0]), run([1, 1, 1, 0], [1, 1, 1, 0])],
+        "madry": [run([1, 1, 1, 0], [1, 0, 0, 0]), run([1, 1, 1, 1], [1, 1, 0, 0], 1)],
+        "trades": [run([1, 1, 0, 0], [1, 1, 0, 0]), run([1, 1, 1, 0], [1, 1, 1, 1], 1)],
     }
     found = comparison.summarize("trades", rows)
-    assert found["accuracy"] == {"clean": 0.625, "Linf": 0.625}
-    assert found["per_seed"]["Linf"].tolist() == [0.5, 0.75]
-    each = np.array([0, 0.5, 0.5, 0])  # the images' mean differences over the seeds
+    assert found["accuracy"] == {"clean": 0.625, "Linf": 0.75}
+    assert found["per_seed"]["Linf"].tolist() == [0.5, 1.0]
+    each = np.array([0, 0.5, 0.5, 0.5])  # the images' mean differences over the seeds
     assert found["minus_yardstick"] == each.mean()
-    assert found["half_interval"] == pytest.approx(1.96 * each.std(ddof=1) / 2)
+    images = 1.96 * each.std(ddof=1) / 2
+    seeds = 12.706 * np.std([0.25, 0.5], ddof=1) / 2**0.5  # the quantile for one of two
+    half = pytest.approx(np.hypot(images, seeds), rel=1e-4)
+    assert found["half_interval"] == half
+    alone = comparison.summarize("trades", {**rows, "madry": rows["madry"][:1]})
+    assert alone["minus_yardstick"] == 0.25  # what both were trained with: seed 0
+    other = 1.96 * np.array([0, 1, 0, 0]).std(ddof=1) / 2
+    assert alone["half_interval"] == pytest.approx(other)
     assert "minus_yardstick" not in comparison.summarize("madry", rows)
     claims = comparison.claims_of({"trades": found | {"gradients": 9, "group": 4}}, 12)
     assert claims["equal_budget"].value == 0.75 and claims["equal_budget"].holds

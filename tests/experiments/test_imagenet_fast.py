@@ -11,6 +11,8 @@ from experiments import imagenet_fast
 from experiments.imagenet_fast import cut, rate, some_images
 from experiments.machine import Machine
 from robustjax import models
+from robustjax.training.loop import FitResult
+from robustjax.training.state import TrainState
 from robustjax.types import Batch
 from tests.experiments.test_experiments import quick_compilation
 
@@ -104,6 +106,14 @@ def colors(num_classes, width, stem, mean, std, **options):
         return x.mean((1, 2)) @ params, extra
 
     return models.Model(init, apply)
+
+
+@pytest.mark.parametrize(("stop", "expected"), [(0.0, "last"), (1.0, "best")])
+def test_a_collapse_in_the_last_epoch_is_not_carried_on(stop, expected):
+    rows = [{"kind": "train", "loss": 1.0}, {"kind": "validate", "stop": stop}]
+    state = TrainState(8, "last", "last", None, None, None, None)
+    trained = FitResult(state, "best", "best", {}, rows)
+    assert imagenet_fast.carried_on(trained) == (expected, expected)
 
 
 @pytest.mark.slow

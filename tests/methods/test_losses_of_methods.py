@@ -390,18 +390,29 @@ def test_free(threat):
         if replay == 3:
             batch = batch._replace(x=batch.x[::-1], y=batch.y[::-1])
 
-        def loss(params, noise, batch=batch, stats=stats):
-            logits, moved = net(params, stats, jnp.clip(batch.x + noise, 0, 1), True)
+        def loss(params, x_adv, batch=batch, stats=stats):
+            logits, moved = net(params, stats, x_adv, True)
             return nll(logits, batch.y), moved
 
+        x_adv = jnp.clip(batch.x + noise, 0, 1)
         both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-        (total, moved), (slopes, pull) = both(params, noise)
+        (total, moved), (slopes, pull) = both(params, x_adv)
         if threat == linf(0.06):
-            noise = jnp.clip(noise + epsilon * jnp.sign(pull), -epsilon, epsilon)
+            noise = x_adv - batch.x + epsilon * jnp.sign(pull)
+            noise = jnp.clip(noise, -epsilon, epsilon)
+            noise = jnp.clip(batch.x + noise, 0, 1) - batch.x
         else:
             length = lambda d: jnp.sqrt((d**2).sum(-1, keepdims=True))  # noqa: E731
-            noise = noise + epsilon * pull / length(pull)
-            noise = noise * jnp.minimum(1, epsilon / length(noise))
+            moved_to = x_adv - batch.x + epsilon * pull / length(pull)
+            # The nearest point of ball and box: shrink by the factor that, after the
+            # box, leaves length epsilon.
+            low, high = jnp.zeros_like(length(pull)), jnp.ones_like(length(pull))
+            boxed = lambda d, x=batch.x: jnp.clip(x + d, 0, 1) - x  # noqa: E731
+            for _ in range(60):
+                middle = (low + high) / 2
+                long = length(boxed(middle * moved_to)) > epsilon
+                low, high = jnp.where(long, low, middle), jnp.where(long, middle, high)
+            noise = boxed(high * moved_to)
         found, aux = grads(
             params, stats, carry, batch, jnp.int32(0), jax.random.key(replay)
         )

@@ -172,6 +172,16 @@ def test_sigterm_saves_that_step_and_the_run_goes_on_exactly(tmp_path):
     assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
 
 
+def test_sigterm_does_not_save_what_is_not_finite(tmp_path):
+    def augment(key, x, index):
+        jax.debug.callback(lambda _: os.kill(os.getpid(), signal.SIGTERM), index)
+        return x * jnp.nan
+
+    with pytest.raises(FloatingPointError, match="in step 0"):
+        train(tmp_path / "cut", augment=augment)
+    assert not os.path.exists(tmp_path / "cut" / "checkpoints")
+
+
 def test_where_the_processes_are_is_said_completely():
     with pytest.raises(ValueError, match="give all three"):
         parallel.initialize("host:1")

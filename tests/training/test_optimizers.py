@@ -86,6 +86,33 @@ def test_sgd_is_pytorchs():
     np.testing.assert_allclose(w, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_momentum_may_follow_the_rate(nesterov):
+    """As PyTorch under CyclicLR: each update with the momentum of its own step."""
+    rate = o.one_cycle(0.2, 4, warmup_steps=2)
+    momentum = o.against(rate, 0.2, 0.9, 0.8)
+    tx = o.sgd(rate, momentum=momentum, nesterov=nesterov)
+    w = jnp.array(1.0)
+    state, expected, m = tx.init(w), 1.0, 0.0
+    at = [(0.5, 0, 0.9), (-0.2, 0.1, 0.85), (0.3, 0.2, 0.8), (1.0, 0.1, 0.85)]
+    for gradient, lr, mu in at:
+        updates, state = jax.jit(tx.update)(jnp.array(gradient), state, w)
+        w = optax.apply_updates(w, updates)
+        m = mu * m + gradient
+        expected -= lr * (gradient + mu * m if nesterov else m)
+    np.testing.assert_allclose(w, expected, rtol=1e-6)
+
+
+def test_clipping_leaves_the_first_offender_alone():
+    """One entry that is not finite does not make every tensor NaN."""
+    for bad in (np.nan, np.inf):
+        grads = jax.tree.map(jnp.ones_like, PARAMS)
+        grads["Dense"]["bias"] = jnp.full_like(grads["Dense"]["bias"], bad)
+        found = update(o.sgd(1.0, momentum=0.0, clip_norm=0.1), grads)
+        assert not np.isfinite(found["Dense"]["bias"]).any()
+        np.testing.assert_array_equal(found["Norm"]["scale"], -1.0)
+
+
 def test_clipping_bounds_the_global_norm():
     grads = jax.tree.map(lambda leaf: 100 * leaf, PARAMS)
     clipped = update(o.sgd(1.0, momentum=0.0, clip_norm=2.0), grads)
