@@ -35,7 +35,9 @@ def awp(method: Method, *, gamma: float = 0.01, warmup: int = 0) -> Method:
 
     Differs from the authors' code: their proxy's SGD step cancels out of the formula
     and is left out; tensors are chosen by their number of dimensions alone, theirs also
-    by name; the optimizer sees w, theirs `w + v` (it matters to weight decay alone).
+    by name; the optimizer sees w, theirs `w + v` (it matters to weight decay alone);
+    the running statistics move as the method's do, theirs with their own order (TRADES:
+    adversarial, natural, natural) and, on plain training, in the attack's passes too.
     """
     if not gamma >= 0:
         raise ValueError(f"gamma is {gamma}; give 0 or more.")

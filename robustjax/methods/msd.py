@@ -100,7 +100,8 @@ def msd(
 
     Differs from the authors' code: the attack's passes use the batch's statistics as
     theirs do, but do not move the running ones; an L1 move touches a fixed fraction of
-    the coordinates, theirs a random 5 to 20; ball and box are projected on together.
+    the coordinates, theirs a random 5 to 20 of those that lie inside the box and can
+    move by a step without leaving it; ball and box are projected on together.
     """
     sizes = [0.1] * len(threats) if step_sizes is None else list(step_sizes)
     if len(threats) < 2 or len(sizes) != len(threats):

@@ -163,7 +163,9 @@ def fit(
       ValueError: arguments that do not fit together, or a run in `out` that was started
         with others: the message names the field, its value then and now. `num_steps`
         is among them, because the schedule in `tx` was made for it; log_every, log,
-        steps_per_dispatch, mesh and shard_params may change.
+        steps_per_dispatch, mesh and shard_params may change. Functions cannot be
+        compared: what tells model, method, tx, augment, mix and validate of one run
+        from those of another belongs into `config`.
       Preempted: after SIGTERM; uncaught it ends the process with exit code 143.
       FloatingPointError: a loss or weight is no longer finite; the message names the
         step and the leaf, and the last checkpoint is kept.
