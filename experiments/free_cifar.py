@@ -12,9 +12,9 @@ clean 85.96, PGD-100 46.19, CW 46.60 in 785 minutes (the authors' README; PGD tr
 there 87.25 and 45.29 in 5,418). Eight replays of 10,000 batches of 128; rate 0.1, 0.01
 from update 40,000, 0.001 from 60,000; weight decay 2e-4; the WideResNet of Madry's
 challenge, 34-10 in the usual count.
-Differs from the authors' code: ReLU where theirs is leaky (0.1); normalization by the
-data set's mean where theirs is by each image's; 1x1 convolutions as shortcuts; 1,000
-training images are held out and choose the checkpoint.
+Differs from the authors' code: see `methods/free.py`; ReLU where theirs is leaky (0.1);
+normalization by the data set's mean where theirs is by each image's; 1x1 convolutions
+as shortcuts; 1,000 training images are held out and choose the checkpoint.
 """
 
 from dataclasses import dataclass
