@@ -59,7 +59,8 @@ def average(
     Perturbations, arXiv:1904.13000.
 
     Differs from the authors' code: all passes of one update see the same weights (in
-    robust_union's CIFAR-10 code each norm makes an update of its own).
+    robust_union's CIFAR-10 code each norm makes an update of its own), and the attacks
+    never move the running statistics, which theirs do.
     """
     many = every_threat(attack_fn, threats, how)
     raised = raise_loss()
