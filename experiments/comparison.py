@@ -11,6 +11,8 @@ from experiments.contestants import CONTESTANTS, MULTINORM, SINGLE
 from robustjax import plots
 
 NORMS = ("Linf", "L2", "L1")
+NEAR = 0.15  # of the best row's robust accuracy: what a panel of its own shows
+MARK = ("color", "marker")
 
 
 def summarize(name: str, rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -133,21 +135,33 @@ def spread(values: np.ndarray) -> str:
 
 
 def draw(summary: Mapping[str, Any]):
-    """Clean against robust accuracy: a panel for each group, a number for each row."""
-    groups = [[n for n in summary if CONTESTANTS[n].union == u] for u in (False, True)]
-    groups = [names for names in groups if names]
-    figure = plots.new_figure(6.5 * len(groups), 4.6)
-    panels = np.ravel(figure.subplots(1, len(groups), squeeze=False))
-    for axes, names in zip(panels, groups, strict=True):
-        union = CONTESTANTS[names[0]].union
+    """Clean against robust accuracy, a number for each row.
+
+    A panel for each group; beside it what lies near the best row, where there is more.
+    """
+    panels = []
+    for union in (False, True):
+        names = [n for n in summary if CONTESTANTS[n].union == union]
+        if not names:
+            continue
+        best = max(summary[n]["robust"] for n in names)
+        near = [n for n in names if summary[n]["robust"] > best - NEAR]
+        closer = 5 <= len(near) < len(names)
+        told = [n for n in names if n not in near] if closer else names
+        panels.append((names, names, told))
+        if closer:
+            panels.append((names, near, near))
+    figure, marked = plots.new_figure(5.5 * len(panels), 4.6), []
+    for axes, (names, shown, told) in zip(
+        np.ravel(figure.subplots(1, len(panels), squeeze=False)), panels, strict=True
+    ):
+        aim = "union" if CONTESTANTS[names[0]].union else "Linf"
+        points = []
         for number, name in enumerate(names):
-            one = summary[name]
-            look = plots.style(number)
-            for clean, robust in zip(
-                one["per_seed"]["clean"],
-                one["per_seed"]["union" if union else "Linf"],
-                strict=True,
-            ):
+            if name not in shown:
+                continue
+            per_seed, look = summary[name]["per_seed"], plots.style(number)
+            for clean, robust in zip(per_seed["clean"], per_seed[aim], strict=True):
                 axes.plot(
                     *(clean, robust),
                     color=look["color"],
@@ -156,22 +170,61 @@ def draw(summary: Mapping[str, Any]):
                     linestyle="",
                     label=f"{number + 1} {name}",
                 )
-                axes.annotate(
-                    *(str(number + 1), (clean, robust)),
-                    textcoords="offset points",
-                    xytext=(5, 4),
-                    fontsize=8,
-                )
-        label = "union of Linf, L2, L1" if union else "Linf"
+                points.append((clean, robust, str(number + 1) if name in told else ""))
+        label = "union of Linf, L2, L1" if aim == "union" else "Linf"
         axes.set(xlabel="clean accuracy", ylabel=f"robust accuracy, {label}")
         plots.tidy(axes)
-        handles, labels = axes.get_legend_handles_labels()
-        first = dict(zip(labels, handles, strict=True))
-        axes.legend(
-            *(first.values(), first.keys()),
-            frameon=False,
-            fontsize=8,
-            loc="center left",
-            bbox_to_anchor=(1, 0.5),
-        )
+        if told is shown:  # the last panel of the group
+            legend(axes, names)
+        marked.append((axes, points))
+    figure.draw_without_rendering()  # settles where the points lie
+    for axes, points in marked:
+        annotate(axes, points)
     return figure
+
+
+def annotate(axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Write each point's text where points and texts so far leave room."""
+    at = axes.transData.transform([point[:2] for point in points])
+    at = at * 72 / axes.figure.dpi  # in typographic points
+    texts: list[np.ndarray] = []
+    for index, (x, y, text) in enumerate(points):
+        others = np.delete(at, index, axis=0)
+
+        def room(shift: np.ndarray, here=at[index], others=others) -> float:
+            """Up to 8 nearer to its point than to another, 10 away from each text."""
+            spot, own = here + shift, float(np.hypot(*shift))
+            marks = min((np.hypot(*(spot - one)) for one in others), default=99.0)
+            words = min((np.hypot(*(spot - one)) for one in texts), default=99.0)
+            return min(marks - own, 8.0) + min(words, 10.0) - own / 10
+
+        shifts = [
+            np.array([far * np.cos(angle), far * np.sin(angle)])
+            for far in (9, 14, 20)
+            for angle in np.arange(12) * np.pi / 6
+        ]
+        shift = max(shifts, key=room)
+        texts.append(at[index] + shift)
+        axes.annotate(
+            *(text, (x, y)),
+            textcoords="offset points",
+            xytext=shift,
+            fontsize=8,
+            ha="center",
+            va="center",
+        )
+
+
+def legend(axes, names: Sequence[str]) -> None:
+    """All rows of a group, beside the panel."""
+    marks = [
+        axes.plot([], [], linestyle="", **{k: plots.style(i)[k] for k in MARK})[0]
+        for i in range(len(names))
+    ]
+    axes.legend(
+        *(marks, [f"{i + 1} {name}" for i, name in enumerate(names)]),
+        frameon=False,
+        fontsize=8,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+    )

@@ -100,6 +100,36 @@ def test_a_summary_is_that_of_the_seeds():
     assert not claims["equal_budget"].holds
 
 
+def test_each_number_stands_by_its_own_point():
+    """And what crowds near the best row has a panel of its own."""
+    names = [name for name, one in CONTESTANTS.items() if not one.union]
+    rng = np.random.default_rng(0)
+    summary = {}
+    for name in names:
+        robust = 0.01 if name in ("standard", "clp") else 0.6 + 0.05 * rng.random()
+        clean = 0.8 + 0.05 * rng.random()
+        seeds = {"clean": np.array([clean]), "Linf": np.array([robust])}
+        summary[name] = {"robust": robust, "per_seed": seeds}
+    figure = comparison.draw(summary)
+    whole, near = figure.axes
+    assert {text.get_text() for text in whole.texts} >= {"1", "14"}
+    figure.draw_without_rendering()
+    numbers = {text.get_text(): text for text in near.texts if text.get_text()}
+    assert len(numbers) == len(names) - 2
+    points = {
+        str(names.index(name) + 1): near.transData.transform(
+            (one["per_seed"]["clean"][0], one["per_seed"]["Linf"][0])
+        )
+        for name, one in summary.items()
+        if one["robust"] > 0.5
+    }
+    for number, text in numbers.items():
+        box = text.get_window_extent()
+        spot = np.array([box.x0 + box.width / 2, box.y0 + box.height / 2])
+        away = {n: np.hypot(*(spot - point)) for n, point in points.items()}
+        assert min(away, key=lambda n: away[n]) == number
+
+
 def test_a_training_that_diverges_is_a_result(tmp_path, monkeypatch):
     def train(task, name, seed, fitted):
         if name == "fast":
