@@ -293,13 +293,15 @@ def folder_of(task: Task, name: str, seed: int) -> Path:
 
 
 def versioned(name: str) -> str:
-    """The row's name, from its second version on with the number.
+    """The row's name, from its second version on with the number, as its helper's.
 
     >>> versioned("madry"), versioned("free")
     ('madry', 'free_v2')
     """
-    version = CONTESTANTS[name].version
-    return name if version == 1 else f"{name}_v{version}"
+    one = CONTESTANTS[name]
+    helper = versioned(one.helper) if one.helper else ""
+    by = f"_by_{helper}" if helper != (one.helper or "") else ""
+    return name + by if one.version == 1 else f"{name}_v{one.version}{by}"
 
 
 def judged(task: Task, name: str, seed: int, count: int) -> Path:

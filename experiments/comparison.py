@@ -97,7 +97,8 @@ def table(
         'Robust: `evaluate(suite="fast")`. One standard error of '
         f"one net's accuracy at 0.5 is {0.5 / count**0.5:.3f}; the column +- is the "
         "95 % interval of the difference to the yardstick, over images (of several "
-        "seeds over these, too; of one, another training may part by more). !: an "
+        "seeds over these, too; of one, another training may part by more), of the "
+        "seeds that both have. !: an "
         "attack or check found signs of masked gradients; *: FGSM and PGD parted on "
         "training images (catastrophic overfitting). Seconds are those of training: "
         "CPU with compiling, wall without.",
@@ -189,6 +190,8 @@ def annotate(axes, points: Sequence[tuple[float, float, str]]) -> None:
     at = at * 72 / axes.figure.dpi  # in typographic points
     texts: list[np.ndarray] = []
     for index, (x, y, text) in enumerate(points):
+        if not text:
+            continue
         others = np.delete(at, index, axis=0)
 
         def room(shift: np.ndarray, here=at[index], others=others) -> float:

@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=(),
         metavar="FILE",
         help="the published files, or one folder that holds them: IDX, npz, CIFAR "
-        ".tar.gz or batches, SVHN .mat (needs SciPy)",
+        ".tar.gz or batches, SVHN .mat",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a set that is there already"

@@ -171,11 +171,9 @@ def _untar(path: Path) -> dict[str, bytes]:
 
 
 def _read_svhn(mats: Mapping[str, Path]) -> formats.Arrays:
-    try:
-        from scipy.io import loadmat
-        from scipy.io.matlab import MatReadError
-    except ImportError as error:
-        raise ImportError("SVHN's .mat files need SciPy: pip install scipy.") from error
+    from scipy.io import loadmat  # slow to import
+    from scipy.io.matlab import MatReadError
+
     arrays = []
     for name in ("train_32x32.mat", "test_32x32.mat"):
         if name not in mats:

@@ -22,9 +22,9 @@ def free(
 
     One pass at `x' = box(x + delta)` gives both gradients: `w <- tx(grad_w)`,
     `delta <- project(x' - x + step_size * epsilon * steepest(grad_x'))`, on ball and
-    box. `delta` `[B, ...]` is the carry: it belongs to the row, and the next batch
-    begins with it. The schedule of the optimizer counts updates: divide the epochs by
-    `repeats`.
+    box; coordinates that would leave the box are left out of the gradient. `delta`
+    `[B, ...]` is the carry: it belongs to the row, and the next batch begins with it.
+    The schedule of the optimizer counts updates: divide the epochs by `repeats`.
 
     Args:
       model, threat: what is trained, against what.
@@ -64,6 +64,8 @@ def free(
         both = jax.grad(loss, argnums=(0, 1), has_aux=True)
         (found, slope), (extra, metrics) = both(params, x_adv, extra, batch, key)
         slope = jnp.where(jnp.isfinite(slope), slope, 0)
+        # As in PGD: no move is spent on what the box would take back.
+        slope = threats.free_gradient(threat, x_adv, slope)
         move = threats.scale(threat, step_size * threats.steepest(threat, slope))
         delta = threats.project(threat, batch.x, x_adv - batch.x + move)
         return found, Aux(extra, delta, metrics)

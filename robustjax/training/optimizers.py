@@ -294,8 +294,17 @@ def _traced(
     momentum: float | Schedule, nesterov: bool
 ) -> optax.GradientTransformation | None:
     if callable(momentum):
-        scheduled = optax.inject_hyperparams(optax.trace, static_args=("nesterov",))
-        return scheduled(decay=momentum, nesterov=nesterov)
+        inject = optax.inject_hyperparams(optax.trace, static_args=("nesterov",))
+        scheduled = inject(decay=momentum, nesterov=nesterov)
+
+        def update(updates, state, params=None):
+            found = scheduled.update(updates, state, params)
+            # The momentum is a float32 array here: low precision stays what it is.
+            return jax.tree.map(
+                lambda new, old: new.astype(old.dtype), found, (updates, state)
+            )
+
+        return optax.GradientTransformation(scheduled.init, update)
     return optax.trace(decay=momentum, nesterov=nesterov) if momentum else None
 
 
@@ -309,15 +318,15 @@ def _chain(
 
 
 def _clipped(clip_norm: float) -> optax.GradientTransformation:
-    """`clip_by_global_norm`, but a norm that is not finite clips nothing: divided by
-    it, every tensor would be NaN, and the first offender had no name."""
+    """`clip_by_global_norm`, but a norm that is NaN clips nothing: divided by it, every
+    tensor would be NaN, and the first offender had no name."""
     clip = optax.clip_by_global_norm(clip_norm)
 
     def update(updates, state, params=None):
         clipped, state = clip.update(updates, state, params)
-        finite = jnp.isfinite(optax.tree.norm(updates))
-        either = lambda a, b: jnp.where(finite, a, b)  # noqa: E731
-        return jax.tree.map(either, clipped, updates), state
+        broken = jnp.isnan(optax.tree.norm(updates))
+        either = lambda a, b: jnp.where(broken, a, b)  # noqa: E731
+        return jax.tree.map(either, updates, clipped), state
 
     return optax.GradientTransformation(clip.init, update)
 

@@ -132,6 +132,12 @@ def check_settings(
         field = f"{within}{name}"
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             check_settings(out, old, new, field + ".")
+        if name not in then:
+            raise ValueError(
+                f"{out} holds a run that was started without {field}, now it is "
+                f"{new!r}. Leave it out to go on with that run; if it cannot be left "
+                "out, an earlier version made the run: give another folder."
+            )
         raise ValueError(
             f"{out} holds a run that was started with {field} = {old!r}, now it is "
             f"{new!r}. Give {field} = {old!r} to go on with that run, or another "

@@ -245,7 +245,8 @@ def test_a_pickle_cannot_run_code(tmp_path):
 
 
 def test_published_svhn_files(tmp_path):
-    savemat = pytest.importorskip("scipy.io").savemat
+    from scipy.io import savemat
+
     content = arrays((32, 32, 3), 20, 10)
     for split in ("train", "test"):
         x, y = content[f"x_{split}"], content[f"y_{split}"]

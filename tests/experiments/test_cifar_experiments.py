@@ -151,7 +151,7 @@ def test_paper_presets_are_the_published_settings():
     assert trades.attack_step_size * float(trades.recipe.epsilon) == 0.007
     assert (trades.recipe.depth, trades.recipe.width) == (34, 10)
     assert trades.recipe.weight_decay == 2e-4
-    late = [(75 * 382 - 1) / (76 * 382), 75 / 76, 1]
+    late = [(74 * 382 - 1) / (76 * 382), 74 / 76, 1]  # epochs count from 1
     np.testing.assert_allclose(rates(trades_cifar, late), [0.1, 0.01, 0.01], rtol=1e-5)
 
     mart, wide = mart_cifar.PRESETS["paper"], mart_cifar.PRESETS["wide"]
@@ -159,18 +159,22 @@ def test_paper_presets_are_the_published_settings():
         assert (config.beta, config.recipe.weight_decay) == (beta, decay)
         assert config.recipe.num_epochs == epochs
         assert config.attack_step_size * float(config.recipe.epsilon) == 0.007
-    late = [0, 75 / 120, 90 / 120, 100 / 120]
+    late = [0, 74 / 120, 89 / 120, 99 / 120]
     steps = [1e-2, 1e-3, 1e-4, 1e-5]
     np.testing.assert_allclose(rates(mart_cifar, late), steps, rtol=1e-5)
-    late = rates(mart_cifar, [0, 75 / 90, 1], "wide")
+    late = rates(mart_cifar, [0, 74 / 90, 89 / 90], "wide")
     np.testing.assert_allclose(late, [0.1, 0.01, 0.001], rtol=1e-5)
 
-    for name, on, warmup in (("paper", "madry", 0), ("trades", "trades", 10)):
+    halves = [0.499, 0.5, 0.75], [(99 * 382 - 1) / (200 * 382), 99 / 200, 149 / 200]
+    for name, on, warmup, late in (
+        ("paper", "madry", 0, halves[0]),
+        ("trades", "trades", 9, halves[1]),
+    ):
         config = awp_cifar.PRESETS[name]
         assert (config.on, config.num_warmup, config.gamma) == (on, warmup, None)
         assert (config.attack_steps, config.attack_step_size * 8) == (10, 2)
         assert (config.recipe.num_epochs, config.recipe.weight_decay) == (200, 5e-4)
-        found = rates(awp_cifar, [0.499, 0.5, 0.75], name)
+        found = rates(awp_cifar, late, name)
         np.testing.assert_allclose(found, [0.1, 0.01, 0.001], rtol=1e-5)
     assert awp_cifar.GAMMA == {"madry": 0.01, "trades": 0.005}
 
@@ -208,6 +212,32 @@ def test_paper_presets_are_the_published_settings():
     assert generated.recipe.num_epochs == 400
     found = rates(generated_data_cifar, [0, 0.025, 1])
     np.testing.assert_allclose(found, [0.008, 0.2, 0], atol=1e-5)
+    assert generated.recipe.bn_momentum == 0.99
+
+
+@pytest.mark.parametrize(
+    ("module", "at", "expected"),
+    [
+        (fast_cifar, (0, 0.25, 0.5, 1), (0.9, 0.85, 0.8, 0.9)),
+        (nfgsm_cifar, (0, 0.25, 0.5, 1), (0.9, 0.85, 0.8, 0.9)),
+        (hat_cifar, (0, 0.125, 0.25, 0.625, 1), (0.95, 0.9, 0.85, 0.9, 0.95)),
+        (generated_data_cifar, (0, 0.025, 1), (0.95, 0.85, 0.95)),
+    ],
+)
+def test_momentum_moves_against_the_rate_as_pytorchs_cycles(module, at, expected):
+    """The defaults of CyclicLR and OneCycleLR, which the authors' codes take."""
+    given, steps = module.PRESETS["paper"].recipe, 1000
+    rate = recipe.schedule(given, steps, 10)
+    momentum = recipe.momentum(given, steps, rate)
+    found = [float(momentum(part * steps)) for part in at]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_two_momenta_need_a_cycle():
+    given = recipe.Recipe("x", momentum=(0.9, 0.8), schedule="cosine")
+    with pytest.raises(ValueError, match=r"momentum is \(0.9, 0.8\) .*'cosine'; give"):
+        recipe.momentum(given, 10, lambda step: 0.1)
+    assert recipe.momentum(recipe.Recipe("x"), 10, lambda step: 0.1) == 0.9
 
 
 def test_lengths_and_schedules_follow_the_recipe():

@@ -374,7 +374,33 @@ def test_nfgsm_claims_no_success_outside_the_ball():
     assert not np.asarray(found.success)[outside].any()
 
 
-@pytest.mark.parametrize("threat", [linf(0.06), l2(0.2)], ids=["Linf", "L2"])
+def _moved(threat, x, delta, pull):
+    """A step of epsilon, then onto ball and box, both by bisection or clipping."""
+    epsilon = float(threat.epsilon)
+    boxed = lambda d: jnp.clip(x + d, 0, 1) - x  # noqa: E731
+    if threat == linf(0.06):
+        return boxed(jnp.clip(delta + epsilon * jnp.sign(pull), -epsilon, epsilon))
+    if threat == l2(0.2):  # shrunk until, inside the box, its length is epsilon
+        length = lambda d: jnp.sqrt((d**2).sum(-1, keepdims=True))  # noqa: E731
+        moved = delta + epsilon * pull / length(pull)
+        near = lambda t: boxed((1 - t) * moved)  # noqa: E731
+    else:  # all coordinates shrunk by one amount, inside the box, as far as needed
+        length = lambda d: jnp.abs(d).sum(-1, keepdims=True)  # noqa: E731
+        top = jnp.abs(pull) == jnp.abs(pull).max(-1, keepdims=True)
+        moved = delta + epsilon * jnp.sign(pull) * top
+        shrunk = lambda t: jnp.sign(moved) * jnp.maximum(jnp.abs(moved) - t, 0)  # noqa: E731
+        near = lambda t: boxed(shrunk(t))  # noqa: E731
+    low, high = jnp.zeros_like(length(pull)), jnp.ones_like(length(pull))
+    for _ in range(60):
+        middle = (low + high) / 2
+        long = length(near(middle)) > epsilon
+        low, high = jnp.where(long, middle, low), jnp.where(long, high, middle)
+    return jnp.where(length(near(0 * low)) > epsilon, near(high), near(0 * low))
+
+
+@pytest.mark.parametrize(
+    "threat", [linf(0.06), l2(0.2), l1(0.3)], ids=["Linf", "L2", "L1"]
+)
 def test_free(threat):
     """Three replays by hand, the perturbation handed on, and on to another batch."""
     batch, stats, params = inputs(), statistics(), weights()
@@ -383,7 +409,6 @@ def test_free(threat):
     assert method.repeats == 3
     carry = method.init(params, batch)
     assert carry.shape == batch.x.shape and not carry.any()
-    epsilon = float(threat.epsilon)
     noise = jnp.zeros_like(batch.x)
     grads = jax.jit(method.grads)
     for replay in range(4):
@@ -397,22 +422,10 @@ def test_free(threat):
         x_adv = jnp.clip(batch.x + noise, 0, 1)
         both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
         (total, moved), (slopes, pull) = both(params, x_adv)
-        if threat == linf(0.06):
-            noise = x_adv - batch.x + epsilon * jnp.sign(pull)
-            noise = jnp.clip(noise, -epsilon, epsilon)
-            noise = jnp.clip(batch.x + noise, 0, 1) - batch.x
-        else:
-            length = lambda d: jnp.sqrt((d**2).sum(-1, keepdims=True))  # noqa: E731
-            moved_to = x_adv - batch.x + epsilon * pull / length(pull)
-            # The nearest point of ball and box: shrink by the factor that, after the
-            # box, leaves length epsilon.
-            low, high = jnp.zeros_like(length(pull)), jnp.ones_like(length(pull))
-            boxed = lambda d, x=batch.x: jnp.clip(x + d, 0, 1) - x  # noqa: E731
-            for _ in range(60):
-                middle = (low + high) / 2
-                long = length(boxed(middle * moved_to)) > epsilon
-                low, high = jnp.where(long, low, middle), jnp.where(long, middle, high)
-            noise = boxed(high * moved_to)
+        stuck = (x_adv >= 1) & (pull > 0) | (x_adv <= 0) & (pull < 0)
+        assert stuck.any()
+        pull = jnp.where(stuck, 0, pull)
+        noise = _moved(threat, batch.x, x_adv - batch.x, pull)
         found, aux = grads(
             params, stats, carry, batch, jnp.int32(0), jax.random.key(replay)
         )

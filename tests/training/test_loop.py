@@ -143,7 +143,7 @@ class Config:
         ({"ema_decay": ramped(0.9)}, r"ema_decay = False, now it is \{'0': 0.1"),
         (
             {"compiler_options": {"xla_cpu_enable_fast_math": True}},
-            "compiler_options.xla_cpu_enable_fast_math = 'not set', now it is True",
+            "without compiler_options.xla_cpu_enable_fast_math, now it is True.* out",
         ),
     ],
 )
