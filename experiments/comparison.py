@@ -169,7 +169,6 @@ def draw(summary: Mapping[str, Any]):
                     marker=look["marker"],
                     markersize=7,
                     linestyle="",
-                    label=f"{number + 1} {name}",
                 )
                 points.append((clean, robust, str(number + 1) if name in told else ""))
         label = "union of Linf, L2, L1" if aim == "union" else "Linf"

@@ -136,7 +136,9 @@ def catastrophic_overfitting(
     """Whether FGSM's accuracy on training points exceeds PGD's by more than `gap`.
 
     A single-step method that overfits catastrophically resists FGSM and not PGD: the
-    two accuracies part within an epoch (Wong et al. 2020, arXiv:2001.03994).
+    two accuracies part within an epoch (Wong et al. 2020, arXiv:2001.03994). BatchNorm
+    is in mode eval: a net that FGSM breaks there too is not reported, whatever it
+    reaches in training with the statistics of the batch.
 
     Args:
       model, threat: what is trained, against what.
