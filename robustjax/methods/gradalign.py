@@ -49,7 +49,9 @@ def gradalign(
       step_size: of the attack, fraction of epsilon.
       through_clean: whether g(x) is differentiated too, as the paper's formula reads;
         False: it is a constant, as in the authors' code, and costs no pass of its own.
-      bn_mode: BatchNorm in the passes that give g.
+      bn_mode: BatchNorm in the passes that give g. In mode "batch", the authors', a net
+        may learn to read the label off the step: PreActResNet-18 did, and in mode
+        "eval" it did not (docs/results.md).
       outer: the loss, `(logits, y) -> [B]`.
 
     Returns:

@@ -31,6 +31,14 @@ def masked(params, extra, x, *, train=False, key=None):
     return jnp.concatenate([z, -z], axis=1), extra
 
 
+def two_faced(params, extra, x, *, train=False, key=None):
+    """`masked` with the statistics of the batch; with the running ones FGSM is enough."""
+    if train:
+        return masked(params, extra, x)
+    z = 40.0 * (x[:, :1] - 0.53)
+    return jnp.concatenate([z, -z], axis=1), extra
+
+
 LINEAR = Model(lambda key, x: ({}, {}), linear)
 MASKED = Model(lambda key, x: ({}, {}), masked)
 
@@ -116,6 +124,32 @@ def test_a_sound_model_is_not():
     assert found["collapsed"] == 0
     with pytest.raises(ValueError, match="action is 'halt'"):
         monitors.catastrophic_overfitting(LINEAR, linf(0.1), (x, y), "halt")  # type: ignore[arg-type]
+
+
+def test_a_lure_in_mode_batch_is_reported():
+    """FGSM breaks the net in mode eval, as PGD does: only mode batch tells."""
+    model = Model(lambda key, x: ({}, {}), two_faced)
+    monitor = monitors.catastrophic_overfitting(model, linf(EPSILON), points())
+    with pytest.warns(RuntimeWarning, match="BatchNorm in mode batch, FGSM .* 1.000"):
+        found = monitor(collapsed_params(), {"mean": jnp.zeros(())})
+    assert found["train_fgsm_accuracy"] == found["train_pgd_accuracy"] == 0
+    assert found["bn_batch_fgsm_accuracy"] == 1 and found["collapsed"] == 1
+    assert monitor(collapsed_params(), {})["collapsed"] == 0  # no statistics: one mode
+
+
+def test_labels_that_an_attack_tells_are_reported():
+    """Clean every point is wrong, FGSM's are right: above the clean accuracy."""
+    x, y = points()
+
+    def tells(params, extra, x, *, train=False, key=None):
+        z = 40.0 * jnp.abs(x[:, :1] - 0.54) - 2.0 - (x[:, :1] - 0.54)
+        return jnp.concatenate([z, -z], axis=1), extra
+
+    model = Model(lambda key, x: ({}, {}), tells)
+    monitor = monitors.catastrophic_overfitting(model, linf(EPSILON), (x, y))
+    with pytest.warns(RuntimeWarning, match="FGSM leaves an accuracy of 1.000"):
+        found = monitor({}, {})
+    assert found["train_pgd_accuracy"] == 0
 
 
 @pytest.mark.parametrize("folder", [False, True])
