@@ -35,6 +35,8 @@ PANELS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "accuracy, training images under attack": (
         ("validate", "train_fgsm_accuracy", "FGSM"),
         ("validate", "train_pgd_accuracy", "PGD"),
+        ("validate", "bn_batch_fgsm_accuracy", "FGSM, mode batch"),
+        ("validate", "bn_batch_pgd_accuracy", "PGD, mode batch"),
     ),
     "gradient norms": (
         ("validate", "input_gradient_norm", "of the input"),
