@@ -32,7 +32,7 @@ def masked(params, extra, x, *, train=False, key=None):
 
 
 def two_faced(params, extra, x, *, train=False, key=None):
-    """`masked` with the statistics of the batch; with the running ones FGSM is enough."""
+    """`masked` by the batch's statistics; by the running ones FGSM is enough."""
     if train:
         return masked(params, extra, x)
     z = 40.0 * (x[:, :1] - 0.53)
