@@ -150,7 +150,11 @@ def _look_at_attacks(
     model, key, image_axes, looped = asked
     key_attacks, key_judge = jax.random.split(key)
     correct = np.flatnonzero(np.isfinite(margin) & (margin > 0))
-    affordable = [(min(len(correct), chart.left / masking.cost(n)), n) for n in STEPS]
+    # Half is kept for long runs, where that pays for enough of them.
+    kept = chart.left / 2
+    kept = kept if kept >= masking.FEWEST * masking.long_cost() else 0
+    spare = chart.left - kept if math.isfinite(chart.left) else math.inf
+    affordable = [(min(len(correct), spare / masking.cost(n)), n) for n in STEPS]
     count, steps = max(affordable)
     if random or count < FEWEST_POINTS:
         reason = f"{len(correct)} correctly classified examples are too few"
@@ -163,12 +167,27 @@ def _look_at_attacks(
         return
     take = correct[: int(count)]
     # Few shapes: by what can be paid, not by how many happen to be correct.
-    shape = 16 if chart.left / masking.cost(steps) <= 16 else NUM_CHECKED
+    shape = 16 if spare / masking.cost(steps) <= 16 else NUM_CHECKED
     driver = Driver(model, threat, (shape,), looped, None, key_judge[None])
     rows = Rows(*(leaf[take] for leaf in rows))
-    found = masking.compare(driver, rows, margin[take], key_attacks, steps, image_axes)
+    found = masking.compare(
+        *(driver, rows, margin[take], key_attacks, steps, image_axes, chart.left)
+    )
     chart.pay(found.passes)
     _judge_evidence(chart, found)
+
+
+def _misleads(reasons: Sequence[str], found: masking.Evidence) -> str:
+    advice = "use suite='strong', an adaptive attack (attacks=...), or bpda."
+    if found.one_step + found.far + found.search or (found.lower or 0) > masking.LOWER:
+        return (
+            f"the gradient misleads attacks: {'; '.join(reasons)}. Robustness is "
+            f"overstated by gradient attacks: {advice}"
+        )
+    return (
+        f"the gradient may mislead attacks: {'; '.join(reasons)}, so that there are "
+        f"many maxima; no attack from elsewhere broke more. To be sure {advice}"
+    )
 
 
 def _judge_evidence(chart: Chart, found: masking.Evidence) -> None:
@@ -177,10 +196,7 @@ def _judge_evidence(chart: Chart, found: masking.Evidence) -> None:
         "gradient masked",
         reasons,
         found.disagree,
-        "the gradient misleads attacks: "
-        + "; ".join(reasons)
-        + ". Robustness is overstated by gradient attacks: use suite='strong', an "
-        "adaptive attack (attacks=...), or bpda."
+        _misleads(reasons, found)
         if reasons
         else f"of {found.points} examples APGD left {found.left}; no attack from "
         "elsewhere broke more than chance, and its runs agree",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import robustjax as rj
@@ -16,8 +17,11 @@ from robustjax.evaluation.binarization import binarization_test, flag
 from robustjax.evaluation.doctor import after, chosen, doctor
 from robustjax.evaluation.masking import Evidence, reasons
 from robustjax.losses import margin_loss
+from robustjax.methods.madry import madry
+from robustjax.methods.trades import trades
 from robustjax.models.canonical import canonicalize
 from robustjax.models.importers.layers import from_layers
+from robustjax.training.loop import fit
 from tests.evaluation.broken_models import CORPUS, digits, model, net, train, train_all
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -125,15 +129,18 @@ def test_few_classes_name_their_fallback(params, classes):
 
 
 def test_reasons_need_more_than_luck():
-    quiet = Evidence(64, 50, 0, 0, 0, 0, 0.006, -0.01, 0, 0)
+    quiet = Evidence(64, 50, 0, 0, 0, 0, 0.006, None, -0.01, 0, 0)
     assert reasons(quiet) == []
     assert reasons(quiet._replace(search=2)) == []
     assert (
         "a search without gradients broke 3 of 50"
         in reasons(quiet._replace(search=3))[0]
     )
-    for change in ({"far": 9}, {"one_step": 9}, {"lower": 0.02}, {"disagree": 0.01}):
+    for change in ({"far": 9}, {"one_step": 9}, {"lower": 0.02}, {"disagree": 0.02}):
         assert len(reasons(quiet._replace(**change))) == 1
+    short = quiet._replace(disagree=0.012)  # perhaps it had not converged
+    assert reasons(short) == reasons(short._replace(settled=0.006)) == []
+    assert "200 steps, end 0.9% of" in reasons(short._replace(settled=0.009))[0]
 
 
 def test_square_after_gradients():
@@ -162,6 +169,25 @@ def test_no_false_alarm_on_nets_trained_here(seed, widths, epsilon, activation):
     params = train(seed, widths, epsilon, activation)
     f = jax.tree_util.Partial(lambda p, x, key: net(p, x, activation), params)
     assert names(examine(f, passes=PER_EXAMPLE * 360)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "beta"), [(0, None), (7, None), (8, 6.0)])
+def test_no_false_alarm_on_the_nets_of_the_readme(seed, beta):
+    """The zoo's net on the digits, whose short runs have not converged."""
+    digits_, threat = data.load("digits"), rj.linf(0.15)
+    small, attack = models.small_cnn(), rj.pgd(7, keep=rj.last)
+    method = madry(small, threat, attack)
+    if beta is not None:
+        method = trades(small, threat, attack, beta=beta)
+    train_set = data.resident(digits_.x_train, digits_.y_train, digits_.max_value)
+    options = {"batch_size": 64, "num_steps": 500, "log": False}
+    tx = optax.adam(5e-3)
+    found = fit(jax.random.key(seed), small, method, tx, train_set, **options)
+    f = models.logits_fn(small, found.params, found.extra)
+    few = examine(f, threat=threat, passes=PER_EXAMPLE * 360)
+    assert names(few) == []
+    assert "its runs agree" in few.checks["gradient masked"]["message"]
 
 
 MASKED = [
