@@ -11,8 +11,9 @@ from robustjax.data.dataset import Dataset
 from robustjax.data.resident import Resident, steps_per_epoch
 from robustjax.methods.base import Method
 from robustjax.models.base import Model, require_model
+from robustjax.training.state import TrainState
 from robustjax.training.step import Decay
-from robustjax.types import Array
+from robustjax.types import Array, Batch
 
 
 def check_kinds(key: Any, model: Any, method: Any, tx: Any, data: Any) -> None:
@@ -100,6 +101,25 @@ def check_streams(streams: Any, resident: bool) -> None:
             )
         if entry[1] < 1:
             raise ValueError(f"streams[{name!r}] has {entry[1]} rows; give 1 or more.")
+
+
+def check_streams_read(method: Method, state: TrainState, batch: Batch) -> None:
+    """Raise ValueError where the batch has streams that the method does not look at.
+
+    It does not where it takes the batch without them just as well.
+    """
+    if not batch.streams:
+        return
+    weights = state.params, state.extra, state.carry
+    try:
+        bare = batch._replace(streams=None)
+        jax.eval_shape(method.grads, *weights, bare, state.step, state.key)
+    except Exception:  # it misses them, in words that are its own
+        return
+    raise ValueError(
+        f"streams are {', '.join(batch.streams)}, which the method does not read: wrap "
+        "it, with_stream(method), or leave them out."
+    )
 
 
 def check_counts(**counts: int | None) -> None:

@@ -59,7 +59,7 @@ class Dispatcher:
         mix: Callable[[Key, Batch], Batch] | None,
         mesh: Any,
         streams: Mapping[str, tuple[Resident, int]] | None = None,
-        compiler_options: Mapping[str, bool | str] | None = None,
+        compiler_options: Mapping[str, bool | int | str] | None = None,
     ):
         order_key, self.augment_key, self.mix_key = jax.random.split(data_key, 3)
         self.stream_key = jax.random.fold_in(data_key, 3)

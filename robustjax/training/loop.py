@@ -39,6 +39,7 @@ from robustjax.training.arguments import (
     check_kinds,
     check_labels,
     check_streams,
+    check_streams_read,
     fingerprint,
     length,
 )
@@ -132,7 +133,7 @@ def fit(
       mix: `(key, batch) -> batch` after it, on float inputs; may soften the labels.
       validate: `(params, extra) -> {name: number}`, called at every checkpoint; see
         `training.monitors`. A number "stop" other than 0 ends the run there, without a
-        checkpoint of that step.
+        checkpoint of that step, which is the best one only if no other was validated.
       best_metric: which of its numbers chooses the best checkpoint; larger is better.
       checkpoint_every: steps between checkpoints; None: one epoch, or `num_steps`.
       out: the run's folder; None: nothing is written.
@@ -217,6 +218,7 @@ def fit(
             state_key, model, method, tx, example, ema=ema, start=start
         )
         check_labels(model, (state.params, state.extra), example.x, data)
+        check_streams_read(method, state, example)
         return state
 
     out = None if out is None else Path(out)
@@ -297,8 +299,9 @@ def fit(
                         f"the best_metric {best_metric!r}; return it, or name another."
                     )
                 write({"kind": "validate", "step": step, **metrics})
-                is_best = best is None or _better(
-                    metrics[best_metric], best[best_metric]
+                stopped = bool(metrics.get("stop"))
+                is_best = best is None or (
+                    not stopped and _better(metrics[best_metric], best[best_metric])
                 )
                 if is_best:
                     best = plain({"step": step, **metrics})
@@ -306,7 +309,7 @@ def fit(
                         jax.tree.map(jnp.array, weights) if out is None else None
                     )
                 progress.validated(step, metrics, is_best, time.monotonic() - began)
-                if metrics.get("stop"):
+                if stopped:
                     progress.note(f"validate asks to stop after step {step}")
                     break
             if out is not None:

@@ -151,7 +151,8 @@ def catastrophic_overfitting(
         kept); "restore": end the run, whose result is the best checkpoint so far.
       gap: of the accuracies.
       attack_fn: the stronger attack; None: ten steps of PGD.
-      batch_size: rows at once.
+      batch_size: rows at once; in mode batch exactly so many (some repeat), a multiple
+        of the net's `batch_groups`.
 
     Returns:
       A monitor with `train_fgsm_accuracy`, `train_pgd_accuracy`, the same in mode batch
@@ -288,7 +289,16 @@ def _over_rows(
         raise ValueError(f"examples have {len(x)} inputs and {len(y)} labels.")
     if not np.issubdtype(x.dtype, np.floating):
         raise TypeError(f"examples are {x.dtype}; give floats in the model's box.")
-    size = min(batch_size, len(x))
+    if not np.issubdtype(y.dtype, np.integer):
+        raise TypeError(f"labels are {y.dtype}; give integers.")
+    low, high = np.asarray(threat.lower), np.asarray(threat.upper)
+    if not ((x >= low - 1e-6) & (x <= high + 1e-6)).all():
+        raise ValueError(
+            f"examples lie in [{x.min():g}, {x.max():g}], outside of the threat's box, "
+            f"[{low.min():g}, {high.max():g}]: scale them as the model wants them."
+        )
+    # In mode batch whole batches, whose rows repeat: ghost BatchNorm divides them.
+    size = batch_size if train else min(batch_size, len(x))
 
     @functools.partial(
         jax.jit, compiler_options=convolution_options() | quick_options(1)
@@ -301,7 +311,7 @@ def _over_rows(
     def monitor(params: PyTree, extra: PyTree) -> dict[str, float]:
         parts = []
         for start in range(0, len(x), size):
-            index = np.arange(start, start + size) % len(x)  # the last one wraps around
+            index = np.arange(start, start + size) % len(x)  # the last wraps around
             found = batch((params, extra), x[index], y[index].astype(np.int32), index)
             kept = min(size, len(x) - start)
             parts.append({n: np.asarray(v)[:kept] for n, v in found.items()})

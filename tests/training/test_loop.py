@@ -369,6 +369,11 @@ def test_streams_reach_the_method_and_resume(tmp_path, train, model, data):
         train(**other, out=tmp_path)
 
 
+def test_streams_that_nobody_reads_are_refused(train, data):
+    with pytest.raises(ValueError, match=r"more, which the method does not read: wrap"):
+        train(streams={"more": (data, 4)})
+
+
 @pytest.mark.parametrize(
     ("streams", "kind", "message"),
     [

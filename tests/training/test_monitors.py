@@ -13,6 +13,7 @@ from robustjax.metrics import mean_of
 from robustjax.models.base import Model
 from robustjax.threats import linf
 from robustjax.training import monitors
+from robustjax.training.weights import load_weights
 
 EPSILON = 0.1
 
@@ -137,6 +138,20 @@ def test_a_lure_in_mode_batch_is_reported():
     assert monitor(collapsed_params(), {})["collapsed"] == 0  # no statistics: one mode
 
 
+def test_ghost_batchnorm_divides_the_rows():
+    """20 points fill no batch of 8 groups; in mode batch they repeat until one is."""
+
+    def grouped(params, extra, x, *, train=False, key=None):
+        groups = x.reshape(8, -1) if train else x
+        logits = jnp.concatenate([x, 1 - x], axis=1)
+        return logits + 0.0 * groups.mean(), extra
+
+    model = Model(lambda key, x: ({}, {}), grouped)
+    monitor = monitors.catastrophic_overfitting(model, linf(0.01), points())
+    found = monitor({}, {"mean": jnp.zeros(())})
+    assert found["bn_batch_pgd_accuracy"] == found["train_pgd_accuracy"] == 1
+
+
 def test_labels_that_an_attack_tells_are_reported():
     """Clean every point is wrong, FGSM's are right: above the clean accuracy."""
     x, y = points()
@@ -152,14 +167,16 @@ def test_labels_that_an_attack_tells_are_reported():
     assert found["train_pgd_accuracy"] == 0
 
 
+@pytest.mark.parametrize("collapsed", [0.0, 0.9])
 @pytest.mark.parametrize("folder", [False, True])
-def test_a_run_that_is_stopped_gives_the_best(train, tmp_path, folder):
-    """Robust accuracy 0.5, 0.6, then a collapse: the weights of step 8 come back."""
+def test_a_run_that_is_stopped_gives_the_best(train, tmp_path, folder, collapsed):
+    """Robust accuracy 0.5, 0.6, then a collapse, which may look better than both: the
+    weights of step 8 come back."""
 
     def validate(params, extra):
         step = int(extra["passes"])
         stop = float(step == 12)
-        return {"robust_accuracy": 0.0 if stop else 0.4 + step / 40, "stop": stop}
+        return {"robust_accuracy": collapsed if stop else 0.4 + step / 40, "stop": stop}
 
     out = tmp_path / "run" if folder else None
     found = train(validate=validate, num_steps=40, out=out)
@@ -169,6 +186,8 @@ def test_a_run_that_is_stopped_gives_the_best(train, tmp_path, folder):
         again = train(validate=validate, num_steps=40, out=out)
         assert again.metrics == found.metrics
         np.testing.assert_array_equal(again.params["kernel"], found.params["kernel"])
+        loaded, _ = load_weights(out, (found.params, found.extra))
+        np.testing.assert_array_equal(loaded["kernel"], found.params["kernel"])
 
 
 def test_a_run_stopped_at_its_best_keeps_it(train, tmp_path):
@@ -207,6 +226,10 @@ def test_examples_are_checked():
     params, x, y = lines()
     with pytest.raises(TypeError, match="uint8; give floats"):
         monitors.accuracies(LINEAR, linf(0.1), (x.astype(np.uint8), y))
+    with pytest.raises(TypeError, match="labels are float32; give integers"):
+        monitors.smoothness(LINEAR, linf(0.1), (x, y.astype(np.float32)))
+    with pytest.raises(ValueError, match=r"outside of the threat's box, \[0, 1\]"):
+        monitors.smoothness(LINEAR, linf(0.1), (16 * x, y))
     with pytest.raises(ValueError, match="50 inputs and 3 labels"):
         monitors.accuracies(LINEAR, linf(0.1), (x, y[:3]))
     both = monitors.together(*[lambda p, e: {"a": 1.0}] * 2)
