@@ -13,14 +13,13 @@ import numpy as np
 import optax
 
 import robustjax as rj
-from experiments import compilation_cache, machine
+from experiments import compilation_cache, machine, watching
 from experiments.machine import Machine
-from robustjax import data, models, plots
+from robustjax import data, models
 from robustjax.logging import duration, provenance, write_json
 from robustjax.methods.base import Method
 from robustjax.parallel import is_writer
 from robustjax.training import optimizers
-from robustjax.training.curves import draw_run
 from robustjax.training.loop import FitResult
 
 Config = TypeVar("Config")
@@ -146,7 +145,7 @@ def load_splits(
     test = found.x_test[:num_test], found.y_test[:num_test]
     used = f"{found.source}; {len(train[0]):,} learned from, "
     if num_validation:
-        used += f"{num_validation:,} held out to choose the checkpoint, "
+        used += f"{num_validation:,} held out, "
     used += f"first {len(test[0]):,} test images"
     print(used)
 
@@ -226,39 +225,6 @@ def training_part(config: Any) -> dict[str, Any]:
     return fields
 
 
-def validator(
-    model: models.Model,
-    examples: tuple[np.ndarray, np.ndarray],
-    threat: rj.ThreatModel | Mapping[str, rj.ThreatModel],
-    count: int,
-    mesh: Any = None,
-) -> Callable[[Any, Any], dict[str, float]]:
-    """`fit`'s `validate`: accuracy on `count` held-out images, clean and by PGD-10.
-
-    Of several threats: correct under every one.
-    """
-    attacks = {"PGD-10": rj.pgd(10)}
-    x, y = examples[0][:count], examples[1][:count]
-
-    def validate(params: Any, extra: Any) -> dict[str, float]:
-        report = rj.evaluate(
-            models.logits_fn(model, params, extra),
-            *(x, y, threat),
-            suite=None,
-            attacks=attacks,
-            batch_size=100,
-            checks="none",
-            progress=False,
-            mesh=mesh,
-        )
-        return {
-            "clean_accuracy": report.clean_accuracy,
-            "robust_accuracy": report.robust_accuracy,
-        }
-
-    return validate
-
-
 def measure(
     out: str | Path,
     model: models.Model,
@@ -276,8 +242,7 @@ def measure(
     `more` is written beside them. The training's curves, with the learning rate where
     it is given, go to `curves.png`.
     """
-    if is_writer():
-        plots.save(draw_run(trained.history, learning_rate), Path(out) / "curves.png")
+    watching.keep_curves(out, trained, learning_rate)
     f = models.logits_fn(model, trained.params, trained.extra)
     report = rj.evaluate(
         f,

@@ -25,14 +25,13 @@ import jax
 import numpy as np
 
 import robustjax as rj
-from experiments import common, ideas, machine
+from experiments import common, ideas, machine, watching
 from experiments.comparison import NORMS, claims_of, draw, summarize, table
 from experiments.contestants import CONTESTANTS, Setting, chosen
 from experiments.evaluate import BUDGETS
 from robustjax import data, models, plots
 from robustjax.logging import duration
 from robustjax.training import monitors, optimizers, run_folder
-from robustjax.training.curves import draw_run
 from robustjax.training.loop import fit
 from robustjax.training.weights import weights_of
 
@@ -160,7 +159,11 @@ def prepare(config: Config) -> Task:
     )
     x, y = (part[: config.num_train] for part in splits.train[:2])
     splits = splits._replace(train=splits.train._replace(x=x, y=y))
-    budget = config.gradients_per_image or recipe.gradients_per_image
+    budget = config.gradients_per_image
+    if budget is None:
+        budget = recipe.gradients_per_image
+    if budget <= 0:
+        raise ValueError(f"gradients_per_image is {budget:g}; give a positive number.")
     threats = {n: rj.threat(n, BUDGETS[config.dataset][n]) for n in NORMS}
     model = common.build_model(recipe.model, config.dataset, splits.num_classes)
     held_out = splits.validation
@@ -171,12 +174,13 @@ def prepare(config: Config) -> Task:
         monitors.catastrophic_overfitting(model, threats["Linf"], both[0]),
         monitors.smoothness(model, threats["Linf"], held_out),
     )
-    decides = {k: v for k, v in recipe._asdict().items() if v is not None}
+    decides = recipe._replace(gradients_per_image=budget)._asdict()
     return Task(
         Path(config.out or f"runs/compare_{config.dataset}"),
         *(recipe, model, threats, splits, watched),
         budget * len(x),
-        {"dataset": config.dataset, "gradients_per_image": budget} | decides,
+        {"dataset": config.dataset}
+        | {name: value for name, value in decides.items() if value is not None},
     )
 
 
@@ -239,8 +243,7 @@ def train(
         ema_decay=one.ema_decay(setting) if one.ema_decay else None,
         **machine.step_options() | compiled_with(folder, steps),
     )
-    curves = draw_run(found.history, lambda step: rate(step * repeats))
-    plots.save(curves, folder / "curves.png")
+    watching.keep_curves(folder, found, lambda step: rate(step * repeats))
     f = models.logits_fn(task.model, *weights_of(found.state))
     learned = [row for row in found.history if row["kind"] == "train"]
     watched = [row for row in found.history if row["kind"] == "validate"]
@@ -266,6 +269,10 @@ def compiled_with(folder: Path, steps: int) -> dict[str, Any]:
     remembered = run_folder.remembered_of(folder)
     if remembered is None or remembered["step"] != steps:
         return {}
+    print(
+        f"{folder} is trained already and taken as it is: if its method has changed, "
+        "raise the row's version in experiments/contestants.py."
+    )
     return {"compiler_options": remembered["settings"]["compiler_options"]}
 
 

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import robustjax as rj
-from experiments import common, machine
+from experiments import common, machine, watching
 from experiments.machine import Machine
 from robustjax import data, models, parallel
 from robustjax.data.folder import ImageFolder
@@ -78,7 +78,8 @@ class Config:
     """When FGSM's and PGD's accuracy on training images part by more than 0.2: warn,
     stop with an error, or end the phase with its best checkpoint so far."""
     num_watched: int = 200
-    """How many training images are attacked for that after every epoch."""
+    """How many training images are attacked for that after every epoch, and how many
+    validation images are watched; these choose nothing."""
     num_test: int = 1000
     """How many validation images are tested on, at the last resolution."""
     test_batch_size: int = 50
@@ -205,7 +206,9 @@ def main(config: Config) -> dict[str, Any]:
         len(train.classes), width=config.width, stem="imagenet", **options
     )
     model, threat = machine.net(on, net), rj.linf(config.epsilon)
-    method = machine.method(on, fast(model, threat, step_size=config.step_size))
+    method = monitors.with_norms(
+        machine.method(on, fast(model, threat, step_size=config.step_size))
+    )
     settings, weights, trained = common.training_part(config), None, None
     for phase, (crop, batch_size) in enumerate(
         zip(config.crops, config.batch_sizes, strict=True)
@@ -213,7 +216,10 @@ def main(config: Config) -> dict[str, Any]:
         per_epoch = data.steps_per_epoch(len(train), batch_size)
         num_steps = num_epochs(config, phase) * per_epoch
         print(f"phase {phase + 1}: {num_steps} steps at {crop} pixels")
-        watched = some_images(root, "train", crop, config.num_watched)
+        seen, held_out = (
+            some_images(root, split, crop, config.num_watched)
+            for split in ("train", "val")
+        )
         trained = fit(
             jax.random.key(config.seed + phase),
             model,
@@ -229,8 +235,12 @@ def main(config: Config) -> dict[str, Any]:
             batch_size=batch_size,
             num_steps=num_steps,
             checkpoint_every=per_epoch,
-            validate=monitors.catastrophic_overfitting(
-                *(model, threat, watched, config.on_collapse)
+            validate=watching.watch(
+                *(model, threat, held_out, seen),
+                num_attacked=config.num_watched,
+                num_monitored=config.num_watched,
+                on_collapse=config.on_collapse,
+                mesh=machine.mesh(on, batch_size),
             ),
             best_metric="train_pgd_accuracy",
             out=Path(config.out) / f"phase_{phase + 1}",
@@ -239,6 +249,7 @@ def main(config: Config) -> dict[str, Any]:
             **machine.fit_options(on, batch_size),
             compiler_options=models.convolution_options(),
         )
+        watching.keep_curves(Path(config.out) / f"phase_{phase + 1}", trained)
         weights = carried_on(trained)
     assert weights is not None
     report = rj.evaluate(

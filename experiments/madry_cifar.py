@@ -34,11 +34,12 @@ from typing import Any, Literal
 import jax
 
 import robustjax as rj
-from experiments import common, machine
+from experiments import common, machine, watching
 from experiments.machine import Machine
+from experiments.watching import Collapse
 from robustjax import data
 from robustjax.methods.madry import madry
-from robustjax.training import optimizers
+from robustjax.training import monitors, optimizers
 from robustjax.training.loop import fit
 
 
@@ -90,6 +91,14 @@ class Config:
     """Training images held out."""
     num_attacked: int = 500
     """Of these, how many PGD-10 attacks after every epoch; the best epoch is kept."""
+    monitors: bool = True
+    """Watch training images, gradients and linearity too (docs/methods.md)."""
+    num_monitored: int = 200
+    """How many training and held-out images the monitors look at."""
+    on_collapse: Collapse = "warn"
+    """Of an attack of one step, when FGSM's and PGD's accuracy on training images part
+    by more than 0.2: warn, stop with an error, or end the run with the best checkpoint
+    so far."""
     num_test: int = 1000
     """How many test images, from the first."""
     machine: Machine = Machine()
@@ -175,15 +184,20 @@ def main(config: Config) -> dict[str, Any]:
     trained = fit(
         jax.random.key(config.seed),
         made.model,
-        machine.method(config.machine, made.method),
+        monitors.with_norms(machine.method(config.machine, made.method)),
         *(made.tx, splits.train),
         batch_size=config.batch_size,
         num_steps=made.num_steps,
         checkpoint_every=min(per_epoch, made.num_steps),
         augment=data.compose(data.random_crop, data.random_flip),
-        validate=common.validator(
-            *(made.model, splits.validation, made.threat),
-            *(config.num_attacked, options["mesh"]),
+        validate=watching.watch(
+            *(made.model, made.threat, splits.validation),
+            watching.first(splits.train, config.num_monitored),
+            num_attacked=config.num_attacked,
+            num_monitored=config.num_monitored,
+            everything=config.monitors,
+            on_collapse=config.on_collapse if config.attack_steps == 1 else None,
+            mesh=options["mesh"],
         ),
         out=config.out,
         config=common.training_part(config),

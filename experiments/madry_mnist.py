@@ -26,12 +26,12 @@ from typing import Any, Literal
 import jax
 
 import robustjax as rj
-from experiments import common, machine
+from experiments import common, machine, watching
 from experiments.machine import Machine
 from robustjax import data
 from robustjax.methods.madry import madry
 from robustjax.threats import standard_threat
-from robustjax.training import optimizers
+from robustjax.training import monitors, optimizers
 from robustjax.training.loop import fit
 
 
@@ -78,6 +78,10 @@ class Config:
     """Training images held out."""
     num_attacked: int = 500
     """Of these, how many PGD-10 attacks after every epoch; the best epoch is kept."""
+    monitors: bool = True
+    """Watch training images, gradients and linearity too (docs/methods.md)."""
+    num_monitored: int = 200
+    """How many training and held-out images the monitors look at."""
     num_test: int = 1000
     """How many test images, from the first."""
     machine: Machine = Machine()
@@ -125,7 +129,9 @@ def main(config: Config) -> dict[str, Any]:
     trained = fit(
         jax.random.key(config.seed),
         model,
-        machine.method(config.machine, madry(model, threat, attack_fn)),
+        monitors.with_norms(
+            machine.method(config.machine, madry(model, threat, attack_fn))
+        ),
         optimizers.adam(rate)
         if config.optimizer == "adam"
         else optimizers.sgd(rate, weight_decay=config.weight_decay),
@@ -133,8 +139,13 @@ def main(config: Config) -> dict[str, Any]:
         batch_size=config.batch_size,
         num_steps=num_steps,
         checkpoint_every=min(per_epoch, num_steps),
-        validate=common.validator(
-            *(model, splits.validation, threat, config.num_attacked, options["mesh"])
+        validate=watching.watch(
+            *(model, threat, splits.validation),
+            watching.first(splits.train, config.num_monitored),
+            num_attacked=config.num_attacked,
+            num_monitored=config.num_monitored,
+            everything=config.monitors,
+            mesh=options["mesh"],
         ),
         out=out,
         config=common.training_part(config),

@@ -21,12 +21,12 @@ from typing import Any, Literal
 import jax
 
 import robustjax as rj
-from experiments import common, machine
+from experiments import common, machine, watching
 from experiments.imagenet_fast import batches, cut, opened, some_images
 from experiments.machine import Machine
 from robustjax import data, models
 from robustjax.methods.madry import madry
-from robustjax.training import optimizers
+from robustjax.training import monitors, optimizers
 from robustjax.training.loop import fit
 
 
@@ -68,6 +68,8 @@ class Config:
     """Decoupled, of kernels only."""
     num_validation: int = 200
     """How many validation images choose the checkpoint, by PGD-10."""
+    num_monitored: int = 200
+    """How many training and validation images the monitors look at."""
     num_test: int = 1000
     """How many validation images are tested on."""
     machine: Machine = Machine()
@@ -131,22 +133,26 @@ def main(config: Config) -> dict[str, Any]:
     trained = fit(
         jax.random.key(config.seed),
         made.model,
-        machine.method(on, made.method),
+        monitors.with_norms(machine.method(on, made.method)),
         made.tx,
         batches(root, config.crop, config.batch_size, config.seed),
         mix=cut(config.crop),
         batch_size=config.batch_size,
         num_steps=made.num_steps,
         checkpoint_every=made.num_steps // config.num_epochs,
-        validate=common.validator(
-            *(made.model, held_out, made.threat, config.num_validation),
-            options["mesh"],
+        validate=watching.watch(
+            *(made.model, made.threat, held_out),
+            some_images(root, "train", config.crop, config.num_monitored),
+            num_attacked=config.num_validation,
+            num_monitored=config.num_monitored,
+            mesh=options["mesh"],
         ),
         out=config.out,
         config=common.training_part(config),
         compiler_options=models.tpu_options(),
         **options,
     )
+    watching.keep_curves(config.out, trained)
     report = rj.evaluate(
         models.logits_fn(made.model, trained.params, trained.extra),
         *some_images(root, "val", config.crop, config.num_test),

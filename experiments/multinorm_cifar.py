@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import robustjax as rj
-from experiments import common, machine, recipe
+from experiments import common, machine, recipe, watching
 from experiments.recipe import Recipe
 from robustjax import models
 from robustjax.attacks.apgd import apgd, apgd_training
@@ -34,8 +34,6 @@ from robustjax.methods.base import BnMode, Method
 from robustjax.methods.eat import eat
 from robustjax.methods.msd import msd
 from robustjax.methods.multinorm import average, maximum
-from robustjax.training import monitors
-from robustjax.training.loop import Validate
 
 
 @dataclass(frozen=True)
@@ -125,16 +123,12 @@ def _threats(config: Config) -> dict[str, rj.ThreatModel]:
 def main(config: Config) -> dict[str, Any]:
     ready = recipe.prepare(config.recipe)
     threats = _threats(config)
-    held_out, count = ready.splits.validation, config.recipe.num_attacked
     mesh = machine.mesh(config.recipe.machine, config.recipe.batch_size)
     # Robust is who withstands all three.
-    validate: Validate = common.validator(ready.model, held_out, threats, count, mesh)
-    if config.recipe.monitors:
-        some = held_out[0][:count], held_out[1][:count]
-        straight = monitors.smoothness(ready.model, ready.threat, some)
-        validate = monitors.together(validate, straight)
+    validate = recipe.watch(config.recipe, ready, threat=threats)
     method = build(config, ready.model)
     trained = recipe.train(config, ready, method, validate=validate)
+    watching.keep_curves(config.recipe.out, trained)
     report = rj.evaluate(
         models.logits_fn(ready.model, trained.params, trained.extra),
         *(*ready.splits.test, threats),

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from experiments import common
-from experiments.recipe import Collapse, Recipe, run
+from experiments.recipe import Recipe, run
+from experiments.watching import Collapse
 from robustjax.methods.base import BnMode
 from robustjax.methods.nfgsm import nfgsm
 

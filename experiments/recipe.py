@@ -10,18 +10,16 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
-import numpy as np
 
 import robustjax as rj
-from experiments import common, machine
+from experiments import common, machine, watching
 from experiments.machine import Machine
+from experiments.watching import Collapse
 from robustjax import data, models
 from robustjax.methods.base import Method
 from robustjax.methods.standard import standard
 from robustjax.training import monitors, optimizers
 from robustjax.training.loop import FitResult, Validate, fit
-
-Collapse = Literal["warn", "stop", "restore"]
 
 
 @dataclass(frozen=True)
@@ -260,35 +258,25 @@ def momentum(
     )
 
 
-def watch(recipe: Recipe, ready: Prepared, on_collapse: Collapse | None) -> Validate:
-    """What is measured after every epoch, on held-out and on training images."""
-    model, threat, splits = ready.model, ready.threat, ready.splits
-    count = recipe.num_monitored
-    rows = jax.tree.map(lambda leaf: leaf[:count], (splits.train.x, splits.train.y))
-    train_set = np.asarray(data.to_float(rows[0], splits.train.scale)), rows[1]
-    held_out = splits.validation[0][:count], splits.validation[1][:count]
-    mesh = machine.mesh(recipe.machine, recipe.batch_size)
-    parts: list[monitors.Monitor] = [
-        common.validator(model, splits.validation, threat, recipe.num_attacked, mesh)
-    ]
-    robust = "train_robust_accuracy"
-    if on_collapse is not None:  # it attacks the same images by PGD-10
-        robust = "train_pgd_accuracy"
-        collapse = monitors.catastrophic_overfitting
-        parts.append(collapse(model, threat, train_set, on_collapse))
-    elif recipe.monitors:
-        parts.append(monitors.accuracies(model, threat, train_set, prefix="train_"))
-    if recipe.monitors:
-        parts.append(monitors.smoothness(model, threat, held_out))
-    watched = monitors.together(*parts)
+def watch(
+    recipe: Recipe,
+    ready: Prepared,
+    on_collapse: Collapse | None = None,
+    threat: watching.Threats | None = None,
+) -> Validate:
+    """What is measured after every epoch, on held-out and on training images.
 
-    def validate(params: Any, extra: Any) -> dict[str, float]:
-        found = dict(watched(params, extra))
-        if recipe.monitors:
-            found["robust_gap"] = found[robust] - found["robust_accuracy"]
-        return found
-
-    return validate
+    `threat`, one or several, instead of that of `ready`.
+    """
+    return watching.watch(
+        *(ready.model, threat or ready.threat, ready.splits.validation),
+        watching.first(ready.splits.train, recipe.num_monitored),
+        num_attacked=recipe.num_attacked,
+        num_monitored=recipe.num_monitored,
+        everything=recipe.monitors,
+        on_collapse=on_collapse,
+        mesh=machine.mesh(recipe.machine, recipe.batch_size),
+    )
 
 
 def finish(

@@ -24,6 +24,7 @@ from experiments import (
     nfgsm_cifar,
     recipe,
     trades_cifar,
+    watching,
 )
 from experiments.machine import Machine
 from robustjax import models
@@ -266,8 +267,12 @@ def test_lengths_and_schedules_follow_the_recipe():
 @pytest.fixture
 def cheap_validation(monkeypatch):
     """`validator` has its test with madry_cifar; it compiles for seconds."""
-    said = {"clean_accuracy": 0.5, "robust_accuracy": 0.25}
-    monkeypatch.setattr(common, "validator", lambda *given: lambda *weights: said)
+
+    def validator(model, examples, threat, count, mesh=None, prefix=""):
+        said = {f"{prefix}clean_accuracy": 0.5, f"{prefix}robust_accuracy": 0.25}
+        return lambda *weights: said
+
+    monkeypatch.setattr(watching, "validator", validator)
 
 
 @pytest.mark.usefixtures("quick_compilation", "cheap_validation")
@@ -345,6 +350,7 @@ def test_several_norms_are_measured_with_their_union(tmp_path, capsys):
     each = [found["robust_accuracy"] for found in results["threats"].values()]
     assert results["robust_accuracy"] <= min(each)
     assert results["last"]["input_gradient_norm"] > 0
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
     evaluate.load_run(tmp_path / "run")
     capsys.readouterr()
 

@@ -20,6 +20,8 @@ EXPERIMENTS = [
     (evaluate, evaluate.Config()),
 ]
 TINY = {"num_steps": 3, "batch_size": 16, "num_validation": 20, "num_attacked": 20}
+TINY["num_monitored"] = 20
+KINDS = ("train", "validate")
 
 
 @pytest.fixture
@@ -169,6 +171,11 @@ def test_madry_cifar_trains_reports_and_refuses_another_run(tmp_path, capsys):
     assert written["accuracy"] == results["accuracy"]
     assert written["epsilon"] == pytest.approx(8 / 255)
     assert "80 learned from, 20 held out" in written["data"]
+    rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
+    train, seen = ({n for row in rows if row["kind"] == k for n in row} for k in KINDS)
+    assert {"weight_norm", "gradient_norm"} <= train
+    # Its attack has one step: that collapses, too.
+    assert {"collapsed", "robust_gap", "alignment", "input_gradient_norm"} <= seen
     with pytest.raises(ValueError, match="weight_decay"):
         madry_cifar.main(dataclasses.replace(config, weight_decay=0.5))
     capsys.readouterr()
