@@ -178,6 +178,15 @@ def test_no_gradient_flows_through_an_attack():
     assert float(jax.grad(total)(jnp.float32(2.0))) == 0.0
 
 
+def test_an_absolute_step_size_is_noticed():
+    """2/255 is meant where epsilon is 8/255; here it is 2/255 of epsilon."""
+    with pytest.warns(UserWarning, match="10 steps reach 0.078 epsilon, short of"):
+        rj.pgd(10, 2 / 255)
+    with pytest.raises(TypeError, match="step_size='2/255': give a number"):
+        rj.pgd(10, "2/255")  # type: ignore[arg-type]
+    rj.pgd(10, 0.1), rj.momentum(10, 0.1), rj.fgsm(0.5)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

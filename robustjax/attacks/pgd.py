@@ -5,6 +5,8 @@ Step sizes are fractions of epsilon, so one number serves every norm: PGD with
 `alpha / epsilon`.
 """
 
+import warnings
+
 import optax
 
 from robustjax.attacks.base import AttackFn, Keep, restarts, run, worst
@@ -77,6 +79,7 @@ def pgd(
 
     Raises:
       ValueError: for fewer than one step or restart, or a step size of 0 or less.
+      UserWarning: the steps together reach less than half of epsilon.
 
     >>> import jax, jax.numpy as jnp, robustjax as rj
     >>> x, y = jnp.full((1, 2), 0.5), jnp.array([0])
@@ -190,7 +193,21 @@ def default_step_size(num_steps: int) -> float:
 def _check_steps(num_steps: int, step_size: float) -> None:
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps}: an attack needs at least one step.")
+    if isinstance(step_size, str):
+        raise TypeError(
+            f"step_size={step_size!r}: give a number, a fraction of epsilon (2/255 of "
+            "8/255 is 0.25)."
+        )
     if not step_size > 0:
         raise ValueError(
             f"step_size={step_size}: must be above 0; it is a fraction of epsilon."
+        )
+    reach = num_steps * step_size
+    if reach < 0.5:  # half as far is tried on purpose (experiments/duel.py)
+        warnings.warn(
+            f"step_size={step_size:.4g} is a fraction of epsilon: {num_steps} steps "
+            f"reach {reach:.2g} epsilon, short of the edge of the ball: the attack "
+            "is weak. 2/255 of 8/255 is 0.25; None is 2.5 / num_steps.",
+            UserWarning,
+            stacklevel=3,
         )
