@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from robustjax.methods.base import (
     Method,
     batch_loss,
     from_loss,
+    from_stages,
     label_loss,
     smoothed,
 )
@@ -53,7 +55,7 @@ from robustjax.parallel import constrain_rows, data_mesh, put_global, replicated
 from robustjax.problems import untargeted
 from robustjax.threats import l2, linf
 from robustjax.training.state import TrainState, create_state
-from robustjax.training.step import make_train_step
+from robustjax.training.step import Decay, averaged_from, make_train_step, ramped
 from robustjax.types import Batch
 
 
@@ -89,12 +91,14 @@ class Row(NamedTuple):
     """A method, and how often a batch moves the running statistics.
 
     streams: whether the method learns from the stream of `batch_of` too.
+    ema:     the decay of the averages that are kept; None: none are.
     quick:   whether all checks run every time, or some among the slow tests.
     """
 
     build: Callable[[Model], Method]
     updates_per_batch: int = 1
     streams: bool = False
+    ema: Decay | None = None
     quick: bool = False
 
 
@@ -125,7 +129,11 @@ METHODS = {
     "trades": Row(lambda model: trades(model, linf(0.1), SHORT), 3),
     "mart": Row(lambda model: mart(model, linf(0.1), SHORT), 2),
     "awp": Row(lambda model: awp(madry(model, linf(0.1), ATTACK))),
-    "awp, trades, generated": Row(everything, 3, streams=True, quick=True),
+    "awp, trades, ema, generated": Row(
+        everything, 3, streams=True, ema=ramped(0.99), quick=True
+    ),
+    "ema": Row(lambda model: standard(model), ema=ramped(0.99)),
+    "swa": Row(lambda model: standard(model), ema=averaged_from(0), quick=True),
     "generated": Row(
         lambda model: with_stream(madry(model, linf(0.1), ATTACK)), streams=True
     ),
@@ -184,31 +192,33 @@ TX = optax.sgd(0.05, momentum=0.9)
 
 
 @functools.cache
-def initial(dtype: str):
+def initial(dtype: str, ema: bool = False):
     """The first state, but for the carry."""
 
     @jax.jit
     def create(key):
         x = jnp.zeros((1, 8, 8, 1), dtype)
         batch = Batch(x, jnp.zeros(1))
-        state = create_state(key, MODEL, standard(MODEL), TX, batch)
+        state = create_state(key, MODEL, standard(MODEL), TX, batch, ema=ema)
         # Flax keeps BatchNorm's statistics in float32 whatever the input is.
-        extra = jax.tree.map(lambda leaf: leaf.astype(dtype), state.extra)
-        return dataclasses.replace(state, extra=extra)
+        cast = functools.partial(jax.tree.map, lambda leaf: leaf.astype(dtype))
+        return dataclasses.replace(state, extra=cast(state.extra), ema=cast(state.ema))
 
     return create(jax.random.key(0))
 
 
-def begin(method: Method, batch: Batch):
-    state = initial(str(batch.x.dtype))
+def begin(name: str, batch: Batch):
+    row = METHODS[name]
+    method, state = row.build(MODEL), initial(str(batch.x.dtype), row.ema is not None)
     carry = jax.tree.map(jnp.array, method.init(state.params, batch))
-    return dataclasses.replace(state, carry=carry), make_train_step(method, TX)
+    state = dataclasses.replace(state, carry=carry)
+    return state, make_train_step(method, TX, row.ema)
 
 
 @functools.cache
 def compiled(name: str):
     """The first state and the jitted step at 64 rows, shared by tests."""
-    state, step = begin(METHODS[name].build(MODEL), batch_of(64))
+    state, step = begin(name, batch_of(64))
     return state, jax.jit(step)
 
 
@@ -291,6 +301,9 @@ def test_masked_rows_never_count(name):
     found, aux_found = grads(batch.x.at[5:].set(0.25), batch.y.at[5:].set(0))
     assert float(aux.metrics["loss"].count) == 5 + rows_of(name, 8) - 8
     assert equal(expected, found) and equal(aux.metrics, aux_found.metrics)
+    # Free's carry has the batch's rows: those of masked examples may be anything.
+    for a, b in zip(*map(jax.tree.leaves, (aux.carry, aux_found.carry)), strict=True):
+        assert np.array_equal(a[:5], b[:5])
 
 
 @SOME
@@ -306,6 +319,8 @@ def test_restored_at_step_k_is_as_unbroken(name, tmp_path):
         state, _ = step(state, batch_of(64, 64 * k))
         restored, _ = step(restored, batch_of(64, 64 * k))
     assert equal(state, restored)
+    if METHODS[name].ema is not None:
+        assert not equal(state.ema.params, state.params)
 
 
 def run_on(devices: int, name: str, dtype: str, num_steps: int):
@@ -313,7 +328,7 @@ def run_on(devices: int, name: str, dtype: str, num_steps: int):
         lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.float32 else leaf,
         batch_of(16),
     )
-    state, step = begin(METHODS[name].build(MODEL), batch)
+    state, step = begin(name, batch)
     mesh = data_mesh(jax.devices()[:devices])
 
     @jax.jit
@@ -323,23 +338,28 @@ def run_on(devices: int, name: str, dtype: str, num_steps: int):
         return jax.lax.fori_loop(0, num_steps, body, state)
 
     placed = put_global((state, batch), replicated(mesh))
-    return jax.device_get(run(*placed).params)
+    return jax.device_get(_numbers(run(*placed)))
+
+
+def distance(one: TrainState, four: TrainState) -> float:
+    """Over all that a state holds: weights, statistics, momenta, carry, averages."""
+    pairs = zip(*map(jax.tree.leaves, (one, four)), strict=True)
+    return np.max([np.abs(a - b).max() for a, b in pairs])  # NaN if there is one
 
 
 @SOME
 def test_one_device_is_four_devices(name):
     one, four = (run_on(n, name, "float32", 1) for n in (1, 4))
-    difference = jax.tree.map(lambda a, b: np.abs(a - b).max(), one, four)
-    assert max(jax.tree.leaves(difference)) <= 1e-5
+    assert distance(one, four) <= 1e-5
 
 
 @SOME
 def test_one_device_is_four_devices_in_float64(name):
     with jax.enable_x64(True):
         one, four = (run_on(n, name, "float64", 20) for n in (1, 4))
-    assert jax.tree.leaves(one)[0].dtype == np.float64
-    difference = jax.tree.map(lambda a, b: np.abs(a - b).max(), one, four)
-    assert max(jax.tree.leaves(difference)) <= 1e-8
+    kinds = {leaf.dtype for leaf in jax.tree.leaves((one.params, one.extra, one.ema))}
+    assert kinds == {np.dtype("float64")}
+    assert distance(one, four) <= 1e-8
 
 
 @EVERY
@@ -424,6 +444,62 @@ def test_a_leaking_attack_is_stopped():
 
     found, expected = jax.jit(jax.grad(total))(2.0), jax.jit(jax.grad(by_hand))(2.0)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+# There is no stage of an attack to leak: the method has no attack, or one with the
+# derivative written out (test_free and test_gradient_penalty.py have it by hand).
+WITHOUT_STAGES = (
+    "standard",
+    "standard, smoothed",
+    "ema",
+    "swa",
+    "free",
+    "clean logit pairing",
+    "gradient penalty",
+    "gradient penalty, by differences",
+)
+
+
+@jax.custom_vjp
+def nothing(weights):
+    """0, a function of the weights whose derivative nobody may ask for."""
+    return jnp.float32(0)
+
+
+def derivative_of_nothing(_, slope):
+    raise AssertionError("the gradient flows through the attack")
+
+
+nothing.defvjp(lambda weights: (nothing(weights), None), derivative_of_nothing)
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in WITHOUT_STAGES])
+def test_no_gradient_flows_through_the_stage_of_the_attack(name, monkeypatch):
+    """What the attack hands on may depend on the weights: the loss takes constants.
+
+    Wrappers (AWP, streams, curricula, microbatches) get the leaking method. Nothing is
+    compiled: the derivative is asked for, or is not, while the gradient is traced.
+    """
+    leaks = []
+
+    def leaking(stages, *init):
+        def attack(params, *rest):
+            leaks.append(name)
+            examples = stages.attack(params, *rest)
+            leak = lambda a: a + nothing(params) if a.dtype == jnp.float32 else a  # noqa: E731
+            return jax.tree.map(leak, examples)
+
+        return from_stages(stages._replace(attack=attack), *init)
+
+    files = [file for n, file in sys.modules.items() if "robustjax.methods." in n]
+    for file in files:
+        if hasattr(file, "from_stages"):
+            monkeypatch.setattr(file, "from_stages", leaking)
+    batch, method = batch_of(8), METHODS[name].build(LINEAR)
+    params, extra = linear(batch.x)
+    carry, step = method.init(params, batch), jnp.int32(0)
+    jax.eval_shape(method.grads, params, extra, carry, batch, step, jax.random.key(0))
+    assert leaks, f"{name} has no stages; if it needs none, add it to WITHOUT_STAGES"
 
 
 def test_index_and_not_position_decides_the_random_start():
