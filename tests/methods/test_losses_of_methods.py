@@ -41,6 +41,9 @@ from robustjax.types import Batch
 ROWS, SIZE, HIDDEN, CLASSES = 8, 6, 12, 4
 STEP = 0.05
 
+# BatchNorm inside the attack; the passes that the weights learn from are in train mode.
+MODES = pytest.mark.parametrize("bn_mode", ["eval", "batch"])
+
 
 def net(params, stats, x, train):
     """Dense, BatchNorm, ReLU, dense; returns logits and running statistics."""
@@ -228,8 +231,10 @@ def test_trades_begins_near_x():
         trades.trades(MODEL, linf(0.1), moved_by=("clean",))
 
 
-def test_mart():
-    batch, x_adv = inputs(), attacked_by_cross_entropy(weights())
+@MODES
+def test_mart(bn_mode):
+    batch = inputs()
+    x_adv = attacked_by_cross_entropy(weights(), train=bn_mode == "batch")
 
     def expected(params):
         clean, stats = net(params, statistics(), batch.x, True)
@@ -244,7 +249,7 @@ def test_mart():
         robust = (each * (1.0000001 - true)).sum() / ROWS
         return bce + 5.0 * robust, stats
 
-    check(mart.mart(MODEL, linf(0.1), one_step, beta=5.0), expected)
+    check(mart.mart(MODEL, linf(0.1), one_step, beta=5.0, bn_mode=bn_mode), expected)
 
 
 def proxy_of(params, ascent_loss, gamma, rate=0.01):
@@ -283,10 +288,10 @@ def test_awp(base):
     offsets = jax.tree.map(jnp.subtract, worst, start)
     # The proxy is a constant: the gradient at w + v is taken as that at w.
     moved = lambda p: plain(jax.tree.map(jnp.add, p, offsets))  # noqa: E731
-    found, _ = check(awp_file.awp(method, gamma=0.02), moved)
+    # `check` takes step 3, the fourth: the first after a warm-up of three.
+    found, _ = check(awp_file.awp(method, gamma=0.02, warmup=3), moved)
     assert np.abs(offsets["first"]).max() > 0.001
-    later = awp_file.awp(method, gamma=0.02, warmup=4)  # the step is 3: not yet
-    without, _ = check(later, plain)
+    without, _ = check(awp_file.awp(method, gamma=0.02, warmup=4), plain)
     assert np.abs(found["first"] - without["first"]).max() > 1e-4
 
 
@@ -304,11 +309,12 @@ def test_awp_attacks_once():
         awp_file.awp(standard(MODEL), gamma=-1)
 
 
-def test_fast():
-    """One step of 1.25 epsilon from the ball, batch statistics, projected."""
-    batch, key = inputs(), jax.random.key(4)
+@MODES
+def test_fast(bn_mode):
+    """One step of 1.25 epsilon from the ball, projected."""
+    batch, key, train = inputs(), jax.random.key(4), bn_mode == "batch"
     stats, threat = statistics(), linf(0.06)
-    method = fast.fast(MODEL, threat)
+    method = fast.fast(MODEL, threat, bn_mode=bn_mode)
 
     @jax.jit
     def start_of(key):  # the same attack with no step to speak of
@@ -321,7 +327,7 @@ def test_fast():
     start = start_of(jax.random.split(key)[0])
     delta = start - batch.x
     assert 0.05 < np.abs(delta).max() <= 0.06 + 1e-9
-    loss = lambda x: nll(net(weights(), stats, x, True)[0], batch.y)  # noqa: E731
+    loss = lambda x: nll(net(weights(), stats, x, train)[0], batch.y)  # noqa: E731
     delta = delta + 1.25 * 0.06 * jnp.sign(jax.grad(loss)(start))
     x_adv = jnp.clip(batch.x + jnp.clip(delta, -0.06, 0.06), 0, 1)
 
@@ -332,9 +338,10 @@ def test_fast():
     check(method, expected)
 
 
-def test_nfgsm():
+@MODES
+def test_nfgsm(bn_mode):
     """From noise of 2 epsilon one step of epsilon; box, but no ball."""
-    batch, key = inputs(), jax.random.key(4)
+    batch, key, train = inputs(), jax.random.key(4), bn_mode == "batch"
     stats, epsilon = statistics(), 0.2
     flat = maximize(
         lambda x: jnp.zeros((ROWS, CLASSES)),
@@ -346,7 +353,7 @@ def test_nfgsm():
     noisy = nfgsm.noisy_step(2.0)(jax.random.split(key)[0], flat).x_adv
     assert (noisy >= 0).all() and (noisy <= 1).all()
     assert 1.5 * epsilon < np.abs(noisy - batch.x).max() <= 2 * epsilon + 1e-7
-    loss = lambda x: nll(net(weights(), stats, x, True)[0], batch.y)  # noqa: E731
+    loss = lambda x: nll(net(weights(), stats, x, train)[0], batch.y)  # noqa: E731
     x_adv = jnp.clip(
         noisy + np.float32(epsilon) * jnp.sign(jax.grad(loss)(noisy)), 0, 1
     )
@@ -356,7 +363,7 @@ def test_nfgsm():
         logits, moved = net(params, stats, x_adv, True)
         return nll(logits, batch.y), moved
 
-    check(nfgsm.nfgsm(MODEL, linf(epsilon)), expected)
+    check(nfgsm.nfgsm(MODEL, linf(epsilon), bn_mode=bn_mode), expected)
 
 
 def test_nfgsm_claims_no_success_outside_the_ball():
@@ -436,7 +443,8 @@ def test_free(threat):
         params = jax.tree.map(lambda w, g: w - 0.1 * g, params, slopes)
 
 
-def test_gradalign():
+@MODES
+def test_gradalign(bn_mode):
     """The gradient at x is a constant, that near x is not; the mean skips zeros."""
     batch, stats = inputs(), statistics()
     threat, key = linf(0.05), jax.random.key(4)
@@ -446,7 +454,8 @@ def test_gradalign():
     assert 0.04 < np.abs(near - batch.x).max() <= 0.05 + 1e-7
 
     def slope(params, x):
-        return jax.grad(lambda x: nll(net(params, stats, x, True)[0], batch.y))(x)
+        logits = lambda x: net(params, stats, x, bn_mode == "batch")[0]  # noqa: E731
+        return jax.grad(lambda x: nll(logits(x), batch.y))(x)
 
     clean = jax.jit(slope)(weights(), batch.x)
     delta = jnp.clip(1.25 * 0.05 * jnp.sign(clean), -0.05, 0.05)
@@ -459,9 +468,10 @@ def test_gradalign():
         cosine = (unit(first) * unit(slope(params, near))).sum(1)
         return nll(logits, batch.y) + 0.7 * (1 - cosine.mean()), moved
 
-    found, aux = check(gradalign.gradalign(MODEL, threat, strength=0.7), expected)
+    options = {"strength": 0.7, "bn_mode": bn_mode}
+    found, aux = check(gradalign.gradalign(MODEL, threat, **options), expected)
     assert float(aux.metrics["alignment"].count) == ROWS
-    method = gradalign.gradalign(MODEL, threat, strength=0.7, through_clean=True)
+    method = gradalign.gradalign(MODEL, threat, through_clean=True, **options)
     paper, _ = check(method, functools.partial(expected, both=True))
     assert np.abs(found["first"] - paper["first"]).max() > 1e-3
 
@@ -532,7 +542,7 @@ def moved_in(which, x, delta, grad, fraction):
     return in_ball(which, move)
 
 
-@functools.partial(jax.jit, static_argnames="train")
+@functools.partial(jax.jit, static_argnums=1)
 def slope_at(x, train=False):
     batch = inputs()
     each = lambda x: nll_each(net(weights(), statistics(), x, train)[0], batch.y)  # noqa: E731
@@ -543,21 +553,23 @@ def nll_each(z, y):
     return -(log_softmax(z) * jnp.eye(CLASSES)[y]).sum(1)
 
 
-def two_steps(which):
+def two_steps(which, train=False):
     """PGD of two steps of half epsilon from x, written again."""
     x = inputs().x
     delta = jnp.zeros_like(x)
     for _ in range(2):
-        delta = moved_in(which, x, delta, slope_at(x + delta)[1], 0.5)
+        delta = moved_in(which, x, delta, slope_at(x + delta, train)[1], 0.5)
     return x + delta
 
 
 TWO_STEPS = pgd(2, 0.5, random_start=False, density=1 / SIZE, keep=last)
 
 
-@pytest.mark.parametrize("how", ["vmap", "one each"])
-def test_average_of_norms(how):
-    batch, points = inputs(), [two_steps(i) for i in range(3)]
+@pytest.mark.parametrize(
+    ("how", "bn_mode"), [("vmap", "eval"), ("vmap", "batch"), ("one each", "eval")]
+)
+def test_average_of_norms(how, bn_mode):
+    batch, points = inputs(), [two_steps(i, bn_mode == "batch") for i in range(3)]
     assert len({round(float(jnp.abs(p - batch.x).sum()), 4) for p in points}) == 3
 
     def expected(params):
@@ -568,15 +580,18 @@ def test_average_of_norms(how):
         return sum(losses) / 3, stats
 
     attack_fn = TWO_STEPS if how == "vmap" else [TWO_STEPS] * 3
-    _, aux = check(multinorm.average(MODEL, balls(), attack_fn), expected)
+    method = multinorm.average(MODEL, balls(), attack_fn, bn_mode=bn_mode)
+    _, aux = check(method, expected)
     right = [net(weights(), statistics(), x, True)[0].argmax(1) for x in points]
     union = (jnp.stack(right) == batch.y[None]).all(0).sum()
     assert float(aux.metrics["accuracy"].total) == int(union)
 
 
-def test_maximum_over_norms():
-    batch, points = inputs(), [two_steps(i) for i in range(3)]
-    losses = jnp.stack([slope_at(x)[0] for x in points])
+@MODES
+def test_maximum_over_norms(bn_mode):
+    batch, train = inputs(), bn_mode == "batch"
+    points = [two_steps(i, train) for i in range(3)]
+    losses = jnp.stack([slope_at(x, train)[0] for x in points])
     best = losses.argmax(0)
     assert len(set(best.tolist())) > 1  # the worst norm differs from row to row
     x_adv = jnp.stack(points)[best, jnp.arange(ROWS)]
@@ -585,7 +600,8 @@ def test_maximum_over_norms():
         logits, stats = net(params, statistics(), x_adv, True)
         return nll(logits, batch.y), stats
 
-    check(multinorm.maximum(MODEL, balls(), TWO_STEPS), expected)
+    method = multinorm.maximum(MODEL, balls(), TWO_STEPS, bn_mode=bn_mode)
+    check(method, expected)
 
 
 def test_multinorm_refuses():
@@ -599,15 +615,16 @@ def test_multinorm_refuses():
         eat.eat(MODEL, [linf(0.1)])
 
 
-def test_msd():
+@MODES
+def test_msd(bn_mode):
     """From x, each step the worst of three steepest moves; the highest loss is kept."""
-    batch, x = inputs(), inputs().x
+    batch, x, train = inputs(), inputs().x, bn_mode == "batch"
     delta, chosen = jnp.zeros_like(x), []
     best, best_loss = jnp.zeros_like(x), jnp.zeros(ROWS)
     for _ in range(4):
-        _, grad = slope_at(x + delta, train=True)
+        _, grad = slope_at(x + delta, train)
         moves = jnp.stack([moved_in(i, x, delta, grad, 0.4) for i in range(3)])
-        losses = jnp.stack([slope_at(x + m, train=True)[0] for m in moves])
+        losses = jnp.stack([slope_at(x + m, train)[0] for m in moves])
         chosen.append(losses.argmax(0))
         delta = moves[losses.argmax(0), jnp.arange(ROWS)]
         better = losses.max(0) > best_loss
@@ -620,33 +637,33 @@ def test_msd():
         return nll(logits, batch.y), stats
 
     options = {"num_steps": 4, "step_sizes": (0.4,) * 3, "density": 1 / SIZE}
-    check(msd.msd(MODEL, balls(), **options), expected)
+    check(msd.msd(MODEL, balls(), bn_mode=bn_mode, **options), expected)
 
 
 def test_eat():
     """The threat is drawn by how often it broke examples; the tally is the carry."""
     batch, params = inputs(), weights()
-    method = eat.eat(MODEL, [linf(0.04), l2(0.15)], TWO_STEPS)
-    grads = jax.jit(method.grads)
-    args = (params, statistics())
-    for i, tally in enumerate([([8.0, 0.0], [8.0, 8.0]), ([2.0, 8.0], [8.0, 8.0])]):
-        # One threat has broken everything, the other one nothing: it is certain.
-        certain = (1, 0)[i] if i == 0 else 0
+    args, threat_models = (params, statistics()), [linf(0.04), l2(0.15)]
+    # The other threat has broken nothing, so it is certain which one is drawn.
+    for certain, total, bn_mode in ((1, [8.0, 0.0], "eval"), (0, [2.0, 8.0], "batch")):
+        method = eat.eat(MODEL, threat_models, TWO_STEPS, bn_mode=bn_mode)
+        tally, train = (total, [8.0, 8.0]), bn_mode == "batch"
         carry = Mean(*map(jnp.asarray, tally))
-        x_adv = two_steps(certain)
+        x_adv = two_steps(certain, train)
 
         def expected(params, x_adv=x_adv):
             logits, stats = net(params, statistics(), x_adv, True)
             return nll(logits, batch.y), stats
 
         _, aux = check(method, expected, carry)
-        correct = net(*args, x_adv, False)[0].argmax(1) == batch.y
+        correct = net(*args, x_adv, train)[0].argmax(1) == batch.y
         total, count = np.array(tally[0]), np.array(tally[1])
         total[certain] += int(correct.sum())
         count[certain] += ROWS
         np.testing.assert_allclose(aux.carry.total, total)
         np.testing.assert_allclose(aux.carry.count, count)
         assert float(aux.metrics[f"share_{certain}"].total) == 1
+    grads = jax.jit(method.grads)
     carry = Mean(jnp.array([6.0, 2.0]), jnp.array([8.0, 8.0]))  # odds 1 to 3
     draw = jax.vmap(
         lambda key: (
@@ -713,8 +730,13 @@ def test_awp_of_trades_on_generated_data():
         close(jax.jit(method.grads)(*args, batch, *rest)[0], expected[0])
 
 
-def test_hat():
-    batch, x_adv = inputs(), attacked_by_divergence(weights())
+@pytest.mark.parametrize(
+    ("bn_mode", "bound"), [("eval", True), ("batch", False)], ids=["bound", "closure"]
+)
+def test_hat(bn_mode, bound):
+    """With the helper's weights as the carry, and with a helper that is a closure."""
+    batch = inputs()
+    x_adv = attacked_by_divergence(weights(), train=bn_mode == "batch")
     teacher = jax.tree.map(lambda w: w[::-1] + 0.1, weights())
     helper = logits_fn(MODEL, teacher, statistics())
     answer = net(teacher, statistics(), x_adv, False)[0].argmax(1)
@@ -728,16 +750,20 @@ def test_hat():
         loss = nll(clean, batch.y) + 2.5 * robust + 0.5 * nll(far, answer)
         return loss, stats
 
-    _, aux = check(hat.hat(MODEL, linf(0.1), helper, one_step), expected)
-    close(list(aux.carry), jax.tree.leaves((teacher, statistics())))
-    bare = lambda x: helper(x)  # noqa: E731
-    _, aux = check(hat.hat(MODEL, linf(0.1), bare, one_step), expected)
-    assert aux.carry == ()
+    ask = helper if bound else lambda x: helper(x)
+    method = hat.hat(MODEL, linf(0.1), ask, one_step, bn_mode=bn_mode)
+    _, aux = check(method, expected)
+    if bound:
+        close(list(aux.carry), jax.tree.leaves((teacher, statistics())))
+    else:
+        assert aux.carry == ()
 
 
-def test_adversarial_logit_pairing():
+@MODES
+def test_adversarial_logit_pairing(bn_mode):
     """Both halves in one pass: BatchNorm sees them together."""
-    batch, x_adv = inputs(), attacked_by_cross_entropy(weights())
+    batch = inputs()
+    x_adv = attacked_by_cross_entropy(weights(), train=bn_mode == "batch")
 
     def expected(params):
         both, y = jnp.concatenate([batch.x, x_adv]), jnp.tile(batch.y, 2)
@@ -746,7 +772,7 @@ def test_adversarial_logit_pairing():
         return nll(logits, y) + 0.3 * squares.mean(), stats
 
     method = logit_pairing.adversarial_logit_pairing(
-        MODEL, linf(0.1), one_step, strength=0.3
+        MODEL, linf(0.1), one_step, strength=0.3, bn_mode=bn_mode
     )
     check(method, expected)
 
