@@ -796,33 +796,3 @@ def test_clean_logit_pairing():
     odd = Batch(batch.x[:7], batch.y[:7])
     with pytest.raises(ValueError, match="7 rows; pairs need an even"):
         method.grads(weights(), statistics(), (), odd, 0, jax.random.key(0))
-
-
-def test_presets_are_methods():
-    for build in (
-        trades.cifar10,
-        trades.mnist,
-        trades.deepmind,
-        mart.resnet18,
-        mart.wide_resnet,
-        fast.cifar10,
-        fast.mnist,
-        fast.imagenet,
-        nfgsm.cifar10,
-        nfgsm.svhn,
-        free.cifar10,
-        free.imagenet,
-        gradalign.cifar10,
-        msd.cifar10,
-        eat.cifar10,
-        generated.carmon,
-        generated.wang,
-        lambda model: hat.cifar10(model, lambda x: x[:, :CLASSES]),
-    ):
-        args = (weights(), statistics())
-        method, batch = build(MODEL), with_more(inputs())[0]
-        carry = method.init(weights(), batch)
-        out = jax.eval_shape(
-            method.grads, *args, carry, batch, jnp.int32(0), jax.random.key(0)
-        )
-        assert jax.tree.structure(out[0]) == jax.tree.structure(weights())
