@@ -485,9 +485,10 @@ def test_no_gradient_flows_through_the_stage_of_the_attack(name, monkeypatch):
     def leaking(stages, *init):
         def attack(params, *rest):
             leaks.append(name)
-            examples = stages.attack(params, *rest)
-            leak = lambda a: a + nothing(params) if a.dtype == jnp.float32 else a  # noqa: E731
-            return jax.tree.map(leak, examples)
+            return jax.tree.map(
+                lambda a: a + nothing(params) if a.dtype == jnp.float32 else a,
+                stages.attack(params, *rest),
+            )
 
         return from_stages(stages._replace(attack=attack), *init)
 
