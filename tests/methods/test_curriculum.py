@@ -65,7 +65,7 @@ def row_by_row(most):
         start = problem.x + random_start(problem.threat, keys, problem.x)
         found = Result(problem.x, *[jnp.zeros(ROWS)] * 3)  # 0 steps: no start either
         for k in range(1, most + 1):
-            attacked = pgd(k, 0.375, keep=last)(key, problem._replace(start=start))
+            attacked = pgd(k, 0.5, keep=last)(key, problem._replace(start=start))
             found = select(own == k, attacked, found)
         return found
 
@@ -88,7 +88,7 @@ CASES = {
     ),
     "growing steps, mixed": (
         lambda s: madry(
-            MODEL, linf(0.125), variable_pgd(1 + STEPS(s), 0.375, mixed=True)
+            MODEL, linf(0.125), variable_pgd(1 + STEPS(s), 0.5, mixed=True)
         ),
         lambda s: madry(MODEL, linf(0.125), row_by_row(1 + s // 5)),
     ),
