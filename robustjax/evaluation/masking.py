@@ -195,7 +195,7 @@ def compare(
 
     # Short runs may be apart because they had not converged yet.
     settled, remaining = None, passes - spent - 2 * total * 2 * (num_steps // 2 + 1)
-    count = int(min(len(left), max(remaining, 0) // long_cost()))
+    count = int(min(len(left), max(remaining, 0) / long_cost()))
     if (disagree or 0) > DISAGREE and count >= FEWEST:
         some = left[np.linspace(0, len(left) - 1, count).astype(int)]
         starts = (noise(some, 1.0) for _ in range(ROUNDS))
