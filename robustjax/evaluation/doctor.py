@@ -190,6 +190,17 @@ def _misleads(reasons: Sequence[str], found: masking.Evidence) -> str:
     )
 
 
+def _agreement(found: masking.Evidence) -> str:
+    if (found.disagree or 0) <= masking.DISAGREE:
+        return "its runs agree"
+    if found.settled is not None:
+        return f"its runs agree after {masking.LONG} steps"
+    return (
+        f"its short runs end {found.disagree:.1%} apart, which may be slow "
+        "convergence: give more examples to tell"
+    )
+
+
 def _judge_evidence(chart: Chart, found: masking.Evidence) -> None:
     reasons = masking.reasons(found)
     chart.note(
@@ -199,7 +210,7 @@ def _judge_evidence(chart: Chart, found: masking.Evidence) -> None:
         _misleads(reasons, found)
         if reasons
         else f"of {found.points} examples APGD left {found.left}; no attack from "
-        "elsewhere broke more than chance, and its runs agree",
+        f"elsewhere broke more than chance, and {_agreement(found)}",
     )
     more = found.restart
     share = more / max(found.left + more, 1)

@@ -83,7 +83,7 @@ def reasons(found: Evidence) -> list[str]:
             f"two runs of one attack, of {LONG} steps, end {found.settled:.1%} of the "
             "margin apart"
         )
-    # Short runs of sound nets were up to 1.24 % apart: they had not converged.
+    # Short runs of sound nets were up to 1.34 % apart: they had not converged.
     elif found.settled is None and (found.disagree or 0) > 2 * DISAGREE:
         said.append(
             f"two runs of one attack end {found.disagree:.1%} of the margin apart"

@@ -14,7 +14,7 @@ import pytest
 import robustjax as rj
 from robustjax import data, models
 from robustjax.evaluation.binarization import binarization_test, flag
-from robustjax.evaluation.doctor import after, chosen, doctor
+from robustjax.evaluation.doctor import _agreement, after, chosen, doctor
 from robustjax.evaluation.masking import Evidence, reasons
 from robustjax.losses import margin_loss
 from robustjax.methods.madry import madry
@@ -139,7 +139,11 @@ def test_reasons_need_more_than_luck():
     for change in ({"far": 9}, {"one_step": 9}, {"lower": 0.02}, {"disagree": 0.02}):
         assert len(reasons(quiet._replace(**change))) == 1
     short = quiet._replace(disagree=0.012)  # perhaps it had not converged
-    assert reasons(short) == reasons(short._replace(settled=0.006)) == []
+    settled = short._replace(settled=0.006)
+    assert reasons(short) == reasons(settled) == []
+    assert "apart, which may be slow" in _agreement(short)
+    assert _agreement(settled) == "its runs agree after 200 steps"
+    assert _agreement(quiet) == "its runs agree"
     assert "200 steps, end 0.9% of" in reasons(short._replace(settled=0.009))[0]
 
 

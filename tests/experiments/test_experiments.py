@@ -19,8 +19,8 @@ EXPERIMENTS = [
     (madry_mnist, madry_mnist.PRESETS),
     (evaluate, evaluate.Config()),
 ]
-TINY = {"num_steps": 3, "batch_size": 16, "num_validation": 20, "num_attacked": 20}
-TINY["num_monitored"] = 20
+TINY = {"num_steps": 3, "batch_size": 16}
+TINY |= {f"num_{images}": 20 for images in ("validation", "attacked", "monitored")}
 KINDS = ("train", "validate")
 
 
