@@ -30,6 +30,7 @@ SHAPES = {
     "fashion_mnist": (28, 28, 1),
     "cifar10": (32, 32, 3),
 }
+NETS = ("small_cnn", "madry_mnist", "preact_resnet18", "resnet18", "wide_resnet")
 
 # What a config says beside how the weights come about; may differ on resume.
 NOT_TRAINING = (
@@ -166,7 +167,7 @@ def build_model(
     bn_momentum: float = 0.9,
     on: Machine = machine.HERE,
 ) -> models.Model:
-    """The net of a config; it normalizes its inputs itself.
+    """The net of a config, one of `NETS`; it normalizes its inputs itself.
 
     `bn_momentum` is that of nets with BatchNorm.
     """

@@ -5,6 +5,7 @@
     python -m experiments.evaluate --run runs/madry_cifar --data-dir DIR
     python -m experiments.evaluate --run runs/quickstart/madry
     python -m experiments.evaluate --run RUN --norms Linf L2 --epsilons 8/255 0.5
+    python -m experiments.evaluate --run OWN --net mynets:build --dataset digits
 
 Writes into `--out`: `results.json`, `report.json` and `report.html` (docs/report.md),
 `examples.npz` (per example: what broke it, and the worst point found), and a ledger
@@ -12,7 +13,9 @@ from which the same command goes on. An attack's success counts when a fresh for
 pass confirms it. Measured: docs/reproduce.md.
 """
 
+import importlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -43,9 +46,14 @@ Name = Literal["noise", "FGSM", "PGD", "momentum", "Adam"]
 @dataclass(frozen=True)
 class Config:
     run: str = "runs/madry_cifar"
-    """Folder of a training: of madry_cifar, madry_mnist or quickstart."""
+    """Folder of a training: of an experiment, or `out` of a `fit` of your own."""
     which: Literal["best", "last"] = "best"
     """Which of its checkpoints: the best by validation, or the last."""
+    net: str | None = None
+    """MODULE:FUNCTION, a function without arguments that gives the model of the run,
+    where it is no experiment's."""
+    dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10"] | None = None
+    """The images of such a run."""
     out: str | None = None
     """Where results go; absent: `evaluation` inside the run's folder."""
     data_dir: str | None = None
@@ -79,7 +87,11 @@ class Config:
 
 
 def load_run(
-    run: str | Path, which: str = "best", on: Machine = machine.HERE
+    run: str | Path,
+    which: str = "best",
+    on: Machine = machine.HERE,
+    net: str | None = None,
+    dataset: str | None = None,
 ) -> tuple[rj.LogitsFn, str, dict[str, Any]]:
     """The net of a run as a logits function, its data set's name and its config."""
     path = Path(run) / "config.json"
@@ -89,19 +101,43 @@ def load_run(
             f"before{_nets_in(run)}."
         )
     config = json.loads(path.read_text())
-    dataset = config.get("dataset", "cifar10")
+    if net is not None:
+        if dataset is None:
+            raise ValueError(f"net is {net!r}: --dataset must say of which images.")
+        model, config = _built(net), {**config, "net": net, "dataset": dataset}
+    elif config.get("model") not in common.NETS or dataset is not None:
+        raise ValueError(
+            f"{path} has model {config.get('model')!r}: a run of an experiment needs "
+            "neither --net nor --dataset, any other both. --net MODULE:FUNCTION gives "
+            "its model; robustjax.models:small_cnn is the zoo's net with its defaults."
+        )
+    else:
+        dataset = str(config.setdefault("dataset", "cifar10"))
+        model = common.build_model(
+            config["model"],
+            dataset,
+            width=config.get("width"),
+            depth=config.get("depth"),
+            activation=config.get("activation", "relu"),
+            on=on,
+        )
     shape = common.SHAPES[dataset]
-    model = common.build_model(
-        config["model"],
-        dataset,
-        width=config.get("width"),
-        depth=config.get("depth"),
-        activation=config.get("activation", "relu"),
-        on=on,
-    )
     like = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, *shape)))
     params, extra = load_weights(run, like, which)
     return models.logits_fn(model, params, extra), dataset, config
+
+
+def _built(net: str) -> models.Model:
+    module, _, function = net.partition(":")
+    try:
+        model = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"net is {net!r}: {error}. Give MODULE:FUNCTION, importable from here."
+        ) from error
+    if not isinstance(model, models.Model):
+        raise ValueError(f"net is {net!r}, which gives {model!r}, no robustjax Model.")
+    return model
 
 
 def _nets_in(run: str | Path) -> str:
@@ -115,7 +151,9 @@ def main(config: Config) -> dict[str, Any]:
         raise ValueError(
             "microbatches and shard_params are for training: give a smaller batch_size."
         )
-    f, dataset, trained = load_run(config.run, config.which, config.machine)
+    f, dataset, trained = load_run(
+        config.run, config.which, config.machine, config.net, config.dataset
+    )
     found = data.load(dataset, config.data_dir)
     x = data.to_float(jnp.asarray(found.x_test[: config.num_test]), found.max_value)
     y = found.y_test[: config.num_test]
@@ -126,12 +164,12 @@ def main(config: Config) -> dict[str, Any]:
             f"epsilons={budgets} for norms={norms}: give one budget per norm."
         )
     steps, restarts = config.num_steps, config.num_restarts
-    known = {
-        "noise": rj.noise(num_samples=steps),
-        "FGSM": rj.fgsm(),
-        "PGD": rj.pgd(steps, num_restarts=restarts),
-        "momentum": rj.momentum(steps),
-        "Adam": rj.adam(steps, num_restarts=restarts),
+    known: dict[str, Callable[[], rj.AttackFn]] = {
+        "noise": lambda: rj.noise(num_samples=steps),
+        "FGSM": rj.fgsm,
+        "PGD": lambda: rj.pgd(steps, num_restarts=restarts),
+        "momentum": lambda: rj.momentum(steps),
+        "Adam": lambda: rj.adam(steps, num_restarts=restarts),
     }
     single = () if config.suite else tuple(known)
     out = Path(config.out or Path(config.run) / "evaluation")
@@ -143,7 +181,7 @@ def main(config: Config) -> dict[str, Any]:
         y,
         {n: rj.threat(n, e) for n, e in zip(norms, budgets, strict=True)},
         suite=config.suite,
-        attacks={name: known[name] for name in config.attacks or single},
+        attacks={name: known[name]() for name in config.attacks or single},
         individual=True,
         key=jax.random.key(config.seed),
         batch_size=config.batch_size,

@@ -93,14 +93,22 @@ class Dispatcher:
 
     def example(self) -> Batch:
         """A batch of zeros of the shapes to come; costs nothing inside a trace."""
-        if self.host is not None:
-            batch = jax.eval_shape(self._mixed, self.host(0), 0)
-            # The function gives the rows of this process.
-            batch = jax.tree.map(self._of_all, batch)
-        else:
-            index = np.arange(self.batch_size, dtype=np.int32)
-            batch = jax.eval_shape(self._batch, self.data, index, 0)
+        batch = jax.eval_shape(self.draw, *self.drawn_from())
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), batch)
+
+    def drawn_from(self) -> tuple[Any, Any]:
+        """Of what shapes `draw` makes a batch: of the data and the rows of a step."""
+        if self.host is not None:  # the function gives the rows of this process
+            own = jax.eval_shape(lambda batch: batch, self.host(0))
+            return None, jax.tree.map(self._of_all, own)
+        index = np.arange(self.batch_size, dtype=np.int32)
+        return jax.eval_shape(lambda *of: of, self.data, index)
+
+    def draw(self, data: Any, rows: Any, t: Array | int = 0, mesh: Any = None) -> Batch:
+        """Inside a trace: the batch of step `t`, augmented and mixed."""
+        if self.host is not None:
+            return self._mixed(rows, t)
+        return self._batch(data, rows, t, mesh)
 
     def _of_all(self, leaf: Any) -> jax.ShapeDtypeStruct:
         rows = leaf.shape[0] * num_processes()
@@ -210,10 +218,8 @@ class Dispatcher:
     ) -> tuple[TrainState, Totals, Array]:
         def one(t: Array, carry: tuple[TrainState, Totals]):
             state, totals = carry
-            if self.host is not None:
-                batch = self._mixed(feed, t)
-            else:
-                batch = self._batch(data, feed[t % self.window], t)
+            rows = feed if self.host is not None else feed[t % self.window]
+            batch = self.draw(data, rows, t, self.mesh)
             # Else every use of the images draws and crops them again.
             batch = jax.lax.optimization_barrier(constrain_rows(batch, self.mesh))
             state, metrics = self.step(state, batch)
@@ -225,21 +231,22 @@ class Dispatcher:
             state, totals = one(start, (state, totals))
         return state, totals, state.step + 0
 
-    def _batch(self, data: Any, index: Array, t: Array | int) -> Batch:
+    def _batch(self, data: Any, index: Array, t: Array | int, mesh: Any) -> Batch:
         own, sets = data
-        batch = self._rows(own, index, jax.random.fold_in(self.augment_key, t))
+        augment_key = jax.random.fold_in(self.augment_key, t)
+        batch = self._rows(own, index, augment_key, mesh)
         streams = {}
         for number, (name, other) in enumerate(sets.items()):
             key = jax.random.fold_in(jax.random.fold_in(self.stream_key, t), number)
             draw_key, augment_key = jax.random.split(key)
             shape, n = (self.stream_rows[name],), other.x.shape[0]
             drawn = jax.random.randint(draw_key, shape, 0, n, jnp.int32)
-            streams[name] = self._rows(other, drawn, augment_key)
+            streams[name] = self._rows(other, drawn, augment_key, mesh)
         return self._mixed(batch._replace(streams=streams or None), t)
 
-    def _rows(self, data: Resident, index: Array, augment_key: Key) -> Batch:
+    def _rows(self, data: Resident, index: Array, augment_key: Key, mesh: Any) -> Batch:
         # Divided here already, so that each device augments its own rows only.
-        batch = constrain_rows(take(data, index), self.mesh)
+        batch = constrain_rows(take(data, index), mesh)
         x = batch.x
         if self.augment is not None:
             x = self.augment(augment_key, x, batch.index)

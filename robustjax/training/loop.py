@@ -44,6 +44,7 @@ from robustjax.training.arguments import (
     length,
 )
 from robustjax.training.dispatch import Dispatcher, HostBatches
+from robustjax.training.program import digest_of, fingerprint_of
 from robustjax.training.progress import Progress
 from robustjax.training.state import TrainState, create_state, placement, sharing
 from robustjax.training.step import Decay, make_train_step
@@ -138,7 +139,7 @@ def fit(
       checkpoint_every: steps between checkpoints; None: one epoch, or `num_steps`.
       out: the run's folder; None: nothing is written.
       config: a dataclass or dict that describes the run: written to `config.json`, and
-        compared on resume.
+        compared on resume. None: what the steps compute is compared instead.
       ema_decay: keep moving averages; see `make_train_step`. Compared on resume; of a
         function, its values at six steps.
       steps_per_dispatch: steps per compiled call. More than 1 saves the dispatch of
@@ -164,9 +165,12 @@ def fit(
       ValueError: arguments that do not fit together, or a run in `out` that was started
         with others: the message names the field, its value then and now. `num_steps`
         is among them, because the schedule in `tx` was made for it; log_every, log,
-        steps_per_dispatch, mesh and shard_params may change. Functions cannot be
-        compared: what tells model, method, tx, augment, mix and validate of one run
-        from those of another belongs into `config`.
+        steps_per_dispatch, mesh and shard_params may change. Functions have no
+        values: what tells model, method, tx, augment, mix, start, validate and a
+        `data` function of one run from those of another belongs into `config`.
+        Without `config` what JAX traces of the first weights and a step is compared
+        (`training.program`), and the bits of `start`: all of these but validate, a
+        `data` function and callbacks. `config={}` compares neither.
       Preempted: after SIGTERM; uncaught it ends the process with exit code 143.
       FloatingPointError: a loss or weight is no longer finite; the message names the
         step and the leaf, and the last checkpoint is kept.
@@ -195,6 +199,7 @@ def fit(
         raise ValueError("shard_params needs a mesh: give mesh=parallel.data_mesh().")
     sharding = None if mesh is None else replicated(mesh)
     state_key, data_key = jax.random.split(key)
+    train_step = make_train_step(method, tx, ema_decay)
     if shard_params:
         method = sharing(method, mesh)
     run_steps = Dispatcher(
@@ -221,6 +226,10 @@ def fit(
         check_streams_read(method, state, example)
         return state
 
+    def program(start: Any, data: Any, rows: Any) -> Any:
+        """All that `config` would tell apart: the first weights, a batch, a step."""
+        return train_step(fresh(start), run_steps.draw(data, rows))
+
     out = None if out is None else Path(out)
     remembered, history, settings = None, [], {}
     if out is not None:
@@ -235,6 +244,10 @@ def fit(
             "compiler_options": dict(compiler_options or {}),
             "config": {} if config is None else config,
         }
+        if config is None:
+            shapes = jax.eval_shape(lambda start: start, start), *run_steps.drawn_from()
+            settings["program"] = fingerprint_of(program, *shapes)
+            settings["program"]["start"] = digest_of(start)
         remembered, history = run_folder.open_run(out, settings, config)
     best: dict[str, Any] | None = None
     seconds = 0.0

@@ -63,7 +63,10 @@ def open_run(
     step, remembered = None, remembered_of(out)
     if remembered is not None:
         step = remembered["step"]
-        check_settings(out, remembered["settings"], plain(settings))
+        then, now = dict(remembered["settings"]), plain(settings)
+        programs = then.pop("program", None), now.pop("program", None)
+        check_settings(out, then, now)
+        _check_program(out, *programs)
     rows: list[dict[str, Any]] = []
     wait_for_all("run folder was read")
     if is_writer():
@@ -143,6 +146,22 @@ def check_settings(
             f"{new!r}. Give {field} = {old!r} to go on with that run, or another "
             "folder to start a new one."
         )
+
+
+def _check_program(
+    out: Path, then: Mapping[str, Any] | None, now: Mapping[str, Any] | None
+) -> None:
+    """Raise ValueError where the run computed something else (see `program`)."""
+    if then is None or now is None or then == now:
+        return
+    if then["start"] == now["start"] and then["versions"] != now["versions"]:
+        return  # the texts cannot be compared
+    raise ValueError(
+        f"{out} holds a run of another model, method, tx, augment, mix or start, of "
+        "other code of theirs, or of other settings of JAX. Give another folder to "
+        "start a new one, or what that run was given. If it is the same training, "
+        "config={} goes on without this comparison."
+    )
 
 
 def _note_start(path: Path, step: int | None) -> None:

@@ -11,7 +11,10 @@ import pytest
 
 import robustjax as rj
 from experiments import common, evaluate, machine, madry_cifar, madry_mnist, quickstart
-from robustjax import plots
+from robustjax import data, models, plots
+from robustjax.methods.standard import standard
+from robustjax.training.loop import fit
+from robustjax.training.optimizers import sgd
 
 EXPERIMENTS = [
     (quickstart, quickstart.Config()),
@@ -215,6 +218,50 @@ def test_missing_data_says_what_helps(module, tmp_path):
 def test_evaluate_refuses_what_is_no_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="--run"):
         evaluate.main(evaluate.Config(run=str(tmp_path)))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_evaluate_reads_a_training_of_ones_own(tmp_path, monkeypatch):
+    """Flags say what the run's folder does not; without them a message does."""
+    (tmp_path / "mynets.py").write_text(
+        "from robustjax import models\n"
+        "def build():\n"
+        "    return models.small_cnn(mean=(0.5,), std=(0.25,))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import mynets  # pyright: ignore[reportMissingImports]
+
+    digits = data.load("digits")
+    train = data.resident(digits.x_train[:64], digits.y_train[:64], digits.max_value)
+    model, out = mynets.build(), tmp_path / "run"
+    trained = fit(
+        *(jax.random.key(0), model, standard(model), sgd(0.1), train),
+        batch_size=16,
+        num_steps=4,
+        out=out,
+        log=False,
+    )
+    asked = {"run": str(out), "attacks": ("noise",), "num_steps": 1}
+    asked |= {"norms": ("Linf",), "num_test": 20, "checks": "none"}
+    for given, message in (
+        ({}, "model None.*--net MODULE:FUNCTION"),
+        ({"dataset": "digits"}, "any other both"),
+        ({"net": "mynets:build"}, "--dataset must say"),
+        ({"net": "mynets", "dataset": "digits"}, "net is 'mynets': .*MODULE:FUNC"),
+        ({"net": "no.nets:build", "dataset": "digits"}, "No module named 'no'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate.main(evaluate.Config(**asked, **given))
+    f, _, said = evaluate.load_run(out, net="mynets:build", dataset="digits")
+    x = digits.x_test[:20] / np.float32(16)
+    expected = models.logits_fn(model, trained.params, trained.extra)(x)
+    np.testing.assert_array_equal(f(x), expected)
+    assert said["net"] == "mynets:build"
+    found = evaluate.main(
+        evaluate.Config(**asked, net="mynets:build", dataset="digits")
+    )
+    right = np.asarray(expected).argmax(-1) == digits.y_test[:20]
+    assert found["clean_accuracy"] == pytest.approx(float(right.mean()))
 
 
 def test_train_steps_are_those_that_the_config_says():

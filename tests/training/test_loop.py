@@ -13,11 +13,12 @@ import pytest
 from robustjax.data.resident import batch_at, resident
 from robustjax.methods.base import Aux, from_loss
 from robustjax.methods.free import free
+from robustjax.methods.hat import hat
 from robustjax.methods.madry import madry, one_step
 from robustjax.methods.standard import standard
 from robustjax.metrics import mean_of
-from robustjax.models.base import Model
-from robustjax.parallel import data_mesh
+from robustjax.models.base import Model, logits_fn
+from robustjax.parallel import data_mesh, put_global, replicated
 from robustjax.threats import linf
 from robustjax.training import checkpoint
 from robustjax.training.optimizers import sgd
@@ -187,6 +188,90 @@ def test_options_and_averages_of_a_run_are_remembered(train, tmp_path):
     ):
         with pytest.raises(ValueError, match=f"(?s){message}.*another folder"):
             train(out=tmp_path, **{**same, **changes})
+
+
+def brighter(key, x, index):
+    return x + jnp.ones((), x.dtype)
+
+
+def halved(key, batch):
+    return batch._replace(x=batch.x / 2)
+
+
+def test_without_a_config_what_the_steps_compute_is_compared(train, model, tmp_path):
+    """Another run's result must not be taken for this one's."""
+    weights = model.init(jax.random.key(1), jnp.zeros((1, 64)))
+
+    def other_init(key, x):
+        return jax.tree.map(jnp.zeros_like, model.init(key, x))
+
+    out = tmp_path / "run"
+    first = train(out=out, steps_per_dispatch=3)
+    again = train(out=out, mesh=data_mesh(), tx=sgd(0.5))  # other objects, more devices
+    assert same(first.params, again.params)
+    for changes in (
+        {"tx": sgd(0.25)},
+        {"method": madry(model, linf(0.1), one_step())},
+        {"model": model._replace(init=other_init)},
+        {"augment": brighter},
+        {"mix": halved},
+        {"start": weights},
+    ):
+        with pytest.raises(ValueError, match=r"another model, method, tx.*config=\{\}"):
+            train(out=out, **changes)
+    started = tmp_path / "started"
+    train(out=started, start=weights)
+    train(out=started, start=jax.tree.map(jnp.copy, weights))
+    with pytest.raises(ValueError, match="or start"):
+        train(out=started, start=jax.tree.map(jnp.ones_like, weights))
+
+
+def test_under_other_versions_programs_are_not_compared(train, model, tmp_path):
+    weights = model.init(jax.random.key(1), jnp.zeros((1, 64)))
+    train(out=tmp_path, start=weights)
+    for path in tmp_path.glob("checkpoints/*/meta.json"):
+        meta = json.loads(path.read_text())
+        meta["remembered"]["settings"]["program"]["versions"]["optax"] = "another"
+        path.write_text(json.dumps(meta))
+    train(out=tmp_path, start=weights, tx=sgd(0.25))
+    with pytest.raises(ValueError, match="or start"):
+        train(out=tmp_path, start=jax.tree.map(jnp.ones_like, weights))
+
+
+def test_a_teacher_may_lie_on_other_devices(train, model, tmp_path):
+    """HAT's helper is a constant of the step, from a training on a mesh or not."""
+    teacher = model.init(jax.random.key(3), jnp.zeros((1, 64)))
+
+    def hat_by(weights, devices=None):
+        if devices is not None:
+            weights = put_global(weights, replicated(devices))
+        f = logits_fn(model, *weights)
+        method = hat(model, linf(0.1), f, one_step())
+        return train(out=tmp_path, method=method, mesh=devices)
+
+    first = hat_by(teacher)
+    for devices in (data_mesh(jax.devices()[:2]), data_mesh()):
+        assert same(first.params, hat_by(teacher, devices).params)
+    with pytest.raises(ValueError, match="another model, method"):
+        hat_by(jax.tree.map(lambda leaf: leaf + 1, teacher))
+
+
+def test_a_start_with_keys_among_its_statistics(train, model, tmp_path):
+    """As dropout of NNX has."""
+
+    def init(key, x):
+        return model.init(key, x)[0], {"passes": jnp.zeros(()), "rng": key}
+
+    def apply(params, extra, x, *, train=False, key=None):
+        logits, _ = model.apply(params, {"passes": extra["passes"]}, x, train=train)
+        return logits, extra
+
+    keyed = Model(init, apply)
+    start = init(jax.random.key(1), jnp.zeros((1, 64)))
+    train(model=keyed, method=standard(keyed), start=start, out=tmp_path)
+    other = start[0], {**start[1], "rng": jax.random.key(2)}
+    with pytest.raises(ValueError, match="or start"):
+        train(model=keyed, method=standard(keyed), start=other, out=tmp_path)
 
 
 def test_what_is_written_beside(finished):
