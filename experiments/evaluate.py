@@ -1,4 +1,4 @@
-"""Evaluate any trained run: AutoAttack and its relatives, or single attacks.
+"""Evaluate a run on digits, (Fashion-)MNIST or CIFAR-10: AutoAttack's kind, or less.
 
     python -m experiments.evaluate --run runs/madry_cifar --suite standard
     python -m experiments.evaluate --run runs/madry_cifar --suite fast --num-test 500

@@ -8,8 +8,9 @@
 `--num-held-back` training images lose their labels, a net trained without attacks on
 the rest (in OUT/teacher) predicts them, and each batch takes `--fraction` of its images
 from these. `small`: PreActResNet-18 of width 16, 20,000 images held back, two steps of
-0.75 epsilon, ten epochs of 19,000 images (four gradients per update, as many in all as
-`madry_cifar`). docs/reproduce.md says what was measured.
+0.75 epsilon, 1,480 steps of 128 images, half of them labeled: five passes over 19,000
+(four gradients per update, as many in all as `madry_cifar`). docs/reproduce.md says
+what was measured.
 
 `paper` has NOT been run here: it wants an accelerator and the million images of an EDM.
 Published, not measured here: WideResNet-28-10 clean 92.44, AutoAttack 67.31 (the

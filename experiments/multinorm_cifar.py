@@ -9,8 +9,9 @@
 `small` is `msd`: PreActResNet-18 of width 16, three attack steps, three epochs, 39,000
 of the first 40,000 training images. `average` and `maximum` (Tramer and Boneh,
 arXiv:1904.13000) have two epochs, `eat` (Croce and Hein, arXiv:2105.12508: APGD, Linf
-or L1, one per batch) five: about as many gradients as `madry_cifar` each. Measured are
-all three norms, 8/255, 0.5 and 12, and their union, which also chooses the checkpoint.
+or L1, one per batch) five: about as many gradients as `madry_cifar` (`msd` 12 per
+image, and its forward passes). Measured are all three norms, 8/255, 0.5 and 12, and
+their union, which also chooses the checkpoint.
 docs/reproduce.md says what was measured.
 
 `paper` has NOT been run here: it wants an accelerator. Published, not measured here, at

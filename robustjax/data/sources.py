@@ -22,9 +22,9 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     """Load a data set by name, or from a file or folder of your own.
 
     `digits` is embedded in the package. Any other name is looked for in `data_dir`,
-    in this order: `NAME.npz`; IDX files in `NAME/` or in `data_dir` itself; an image
-    folder `NAME/{train,test}/CLASS/*.png`; `NAME/VERSION`, prepared by TensorFlow
-    Datasets as ArrayRecord (`scripts/prepare_data NAME`).
+    in this order: `NAME.npz`; IDX files in `NAME/`; an image folder
+    `NAME/{train,test}/CLASS/*.png`; `NAME/VERSION`, prepared by TensorFlow Datasets as
+    ArrayRecord (`scripts/prepare_data NAME`); IDX files in `data_dir` itself.
 
     Args:
       name: `digits`, `mnist`, `fashion_mnist`, `cifar10`, `cifar100`,

@@ -49,8 +49,9 @@ class ThreatReport:
     broken_by: attack name -> `[N]` bool, confirmed adversarial examples, in the order
                in which the attacks ran.
     robust:    `[N]` bool: classified correctly, and broken by no attack.
-    x_adv:     `[N, ...]`: the first adversarial point found; where there is none, the
-               last attempt (`x` if the example was wrong without an attack).
+    x_adv:     `[N, ...]`: the first adversarial point found; where there is none, that
+               of the smallest margin (after a resume perhaps `x`; `x` if the example
+               was wrong without an attack).
     size:      `[N]`: the norm of `x_adv - x`.
     norm:      `Linf`, `L2`, ..., for headings.
     adv_prediction: `[N]`: what the judge sees in `x_adv`; -1: the logits are NaN.

@@ -123,7 +123,7 @@ def evaluate(
       x, y, key, batch_size, index: see `attack`.
       threat: one threat model, or a name for each of several.
       suite: "standard" (AutoAttack: apgd-ce, apgd-t, fab-t, square), "fast" (its
-        verdict for a fifteenth of the passes), "strong" (what standard misses, too),
+        verdict for about a twentieth of the passes), "strong" (its misses, too),
         "plus", "rand" (random models), a list of names such as
         `("apgd-ce", "square")`, or None: only `attacks`.
       attacks: your own AttackFns, with or without names: judged and listed like ours,
@@ -135,8 +135,9 @@ def evaluate(
         the evaluation goes on.
       image_axes: "HWC", "CHW", or None for inputs that are no images: where Square
         finds rows and columns (on the wrong axes it is weaker, silently).
-      individual: run each of `attacks` on every correctly classified example, so that
-        the accuracy under each is its own.
+      individual: with `suite=None`, run each of `attacks` on every correctly classified
+        example, so that the accuracy under each is its own. Beside a suite they attack
+        what is left.
       stop_below: end once robust accuracy has fallen below.
       features_fn: `f(x) -> [B, F]`, for the binarization test; None: the logits.
       mesh: `parallel.data_mesh(...)`: split the rows over devices, `batch_size` rows on

@@ -2,9 +2,9 @@
 
 The two APGD attacks of `standard` run on everybody. FAB and Square, which cost three
 quarters of it and break next to nothing at large margins, run on the bottom of the
-ranking only, unless gradients mislead. What that saves pays for more of what `fast` is
-made of: Square with APGD as the finisher, other starts, and under L2 ladder after
-ladder from far starts, which breaks points that AutoAttack calls robust.
+ranking only (FAB on everybody where gradients mislead). What that saves pays for more
+of what `fast` is made of: Square with APGD as the finisher, other starts, and under L2
+ladder after ladder from far starts, which breaks points that AutoAttack calls robust.
 """
 
 from collections.abc import Sequence

@@ -181,8 +181,8 @@ def total_loss(
 
     Returns:
       The mean loss and the metrics: `loss`, and for each name the fraction whose
-      prediction is the (soft labels: most probable) label. NaN or infinite logits make
-      the loss NaN: an attack must bear a broken model, training must stop.
+      prediction is the (soft labels: most probable) label. Logits that are NaN or
+      `+inf` make the loss NaN: an attack must bear a broken model, training must stop.
     """
     labels = hard_labels(batch.y)
     metrics = {}

@@ -56,7 +56,8 @@ def gradient_penalty(
     left out of account. The finite-difference form replaces the penalty by
     `weight (outer(f(x + h d)) - outer(f(x))) / difference`, `h = difference epsilon`,
     d the steepest direction, held fixed: no second derivative, but curvature along d
-    counts. Its end `difference=1, weight=1` is training on FGSM's examples.
+    counts. Its end `difference=1, weight=1` is training on FGSM's examples, for a model
+    without BatchNorm and where the box does not cut the step.
 
     Args:
       model: the model that is trained.

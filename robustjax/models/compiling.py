@@ -43,14 +43,13 @@ def convolution_options() -> dict[str, bool | str]:
 
     On CPU oneDNN's; on TPU `tpu_options`.
 
-    Measured (JAX 0.12, one core of two, batch 128, medians of CPU ms in turn, huge
-    pages): the PGD-7 training step of PreActResNet-18 of width 16 took 968 instead of
-    1678, that of Madry's net 325 instead of 366. JAX 0.10 accepts the
-    options, and convolves as before. The options
-    belong to one compiled program: nothing global changes, and a jaxlib that does not
-    know them is found out by a trial compilation (with `XLA_FLAGS` it would abort).
-    Results differ from those without the options by float32 rounding. A compilation
-    cache (`jax_compilation_cache_dir`) does not keep programs that call oneDNN.
+    Measured (JAX 0.12): a third less time for the PGD-7 training step of
+    PreActResNet-18 of width 16, a tenth for that of Madry's net (docs/benchmarks.md).
+    JAX 0.10 accepts the options, and convolves as before. The options belong to one
+    compiled program: nothing global changes, and a jaxlib that does not know them is
+    found out by a trial compilation (with `XLA_FLAGS` it would abort). Results differ
+    from those without the options by float32 rounding. A compilation cache
+    (`jax_compilation_cache_dir`) does not keep programs that call oneDNN.
 
     Returns:
         The options, or `{}` where they do not apply.

@@ -76,6 +76,22 @@ def check_labels(model: Model, weights: Any, example: Array, data: Any) -> None:
         )
 
 
+def check_floats(batch: Batch) -> None:
+    """Raise TypeError where the inputs, or those of a stream, are no floats.
+
+    >>> check_floats(Batch(np.zeros((1, 2), np.uint8), np.zeros(1, int)))
+    Traceback (most recent call last):
+    ...
+    TypeError: the batch has x of uint8: attacks want floats in the threat's box. ...
+    """
+    for name, rows in {"the batch": batch, **(batch.streams or {})}.items():
+        if not jnp.issubdtype(rows.x.dtype, jnp.floating):
+            raise TypeError(
+                f"{name} has x of {rows.x.dtype}: attacks want floats in the threat's "
+                "box. Scale it in `mix` (data.to_float), or give stream its max_value."
+            )
+
+
 def check_streams(streams: Any, resident: bool) -> None:
     """Raise where `streams` is not name -> (`Resident`, rows), or cannot be served.
 

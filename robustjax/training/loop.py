@@ -36,6 +36,7 @@ from robustjax.training import checkpoint, run_folder
 from robustjax.training.arguments import (
     averaging_at,
     check_counts,
+    check_floats,
     check_kinds,
     check_labels,
     check_streams,
@@ -130,8 +131,10 @@ def fit(
       num_epochs: the same in passes over a `Resident` set; give one of the two.
       streams: name -> (further `Resident` set, rows per step): every batch gets
         `streams[name]`, drawn at random with replacement; see `with_stream`.
-      augment: `(key, x, index) -> x` on uint8 pixels, inside the compiled step.
-      mix: `(key, batch) -> batch` after it, on float inputs; may soften the labels.
+      augment: `(key, x, index) -> x` on the uint8 pixels of `Resident` sets, inside the
+        compiled step. A function's batches are prepared by `mix`.
+      mix: `(key, batch) -> batch` after it, on float inputs (of a function on what it
+        gives, floats or not); may soften the labels.
       validate: `(params, extra) -> {name: number}`, called at every checkpoint; see
         `training.monitors`. A number "stop" other than 0 ends the run there, without a
         checkpoint of that step, which is the best one only if no other was validated.
@@ -193,6 +196,12 @@ def fit(
             "that the host calls for every step; give 1."
         )
     check_streams(streams, resident)
+    if augment is not None and not resident:
+        raise ValueError(
+            "augment is for Resident sets; what a function `step -> Batch` gives is "
+            "prepared by mix: mix=lambda key, batch: batch._replace(x=to_float(augment("
+            "key, batch.x, batch.index), 255))."
+        )
     for rows in (batch_size, *(rows for _, rows in (streams or {}).values())):
         check_rows(rows, mesh)
     if shard_params and mesh is None:
@@ -218,6 +227,7 @@ def fit(
 
     def fresh(start: tuple[PyTree, PyTree] | None) -> TrainState:
         example = run_steps.example()
+        check_floats(example)
         ema = ema_decay is not None
         state = create_state(
             state_key, model, method, tx, example, ema=ema, start=start

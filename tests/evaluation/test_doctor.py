@@ -27,7 +27,7 @@ from tests.evaluation.broken_models import CORPUS, digits, model, net, train, tr
 SHARED = Path(__file__).parents[3] / "shared"
 THREAT = rj.linf(0.1)
 PGD = rj.pgd(40)
-PER_EXAMPLE = 130  # what the runner grants: 1 % of what `standard` spends
+PER_EXAMPLE = 97  # what the runner grants: 1 % of what `standard` spends
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +62,7 @@ def test_a_sound_model_is_not_flagged_and_log_softmax_is_noted(params):
     assert "log-prob" not in found.checks["probabilities"]["message"]
 
 
-@pytest.mark.parametrize("count", [64, 360])
+@pytest.mark.parametrize("count", [100, 360])
 def test_passes_stay_in_budget_and_what_is_left_out_says_so(params, count):
     found = examine(model(params, "sound"), count, passes=PER_EXAMPLE * count)
     assert found.passes <= PER_EXAMPLE * count

@@ -384,6 +384,21 @@ def test_random_models_are_judged_over_passes():
     assert abs(report.randomized["robust_accuracy_mean"] - report.robust_accuracy) < 0.3
 
 
+@pytest.mark.parametrize("epsilon", [1e-7, 100.0])
+def test_fast_says_what_it_left_out(epsilon, monkeypatch):
+    """Nothing breaks, or everything at once; and where the ladder finds its work."""
+
+    def note():
+        found = evaluate(suite="fast", threat=rj.l2(epsilon)).threats["threat"]
+        return found.notes[0], "apgd-t" in found.broken_by
+
+    told, targets = note()
+    assert "short APGD runs" in told and targets == (epsilon < 1)
+    monkeypatch.setattr(fast, "ladder", lambda board, rounds: True)
+    told, targets = note()
+    assert "gradients mislead" in told and "leaves out FAB" in told and not targets
+
+
 def test_the_floor_of_small_sets():
     assert [fast.small_floor(n) for n in (20, 200, 400, 5000)] == [4, 6, 12, 12]
 

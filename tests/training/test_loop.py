@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robustjax.data.resident import batch_at, resident
+from robustjax.data.resident import batch_at, resident, take, to_float
 from robustjax.methods.base import Aux, from_loss
 from robustjax.methods.free import free
 from robustjax.methods.hat import hat
@@ -321,6 +321,21 @@ def test_batches_from_the_host(train, data):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_batches_of_bytes_are_refused(train, data):
+    """Attacks would clip pixels of 0 to 255 to the box [0, 1]."""
+
+    def bytes_at(step):
+        return take(data, np.arange(16) + step)
+
+    with pytest.raises(TypeError, match=r"x of uint8.*Scale it in `mix`"):
+        train(data=bytes_at)
+
+    def scaled(key, batch):
+        return batch._replace(x=to_float(batch.x, 16))
+
+    assert int(train(data=bytes_at, mix=scaled).state.step) == 12
+
+
 def test_mixed_batches_with_soft_labels(train):
     def mix(key, batch: Batch) -> Batch:
         soft = jax.nn.one_hot(batch.y, 10)
@@ -367,6 +382,7 @@ def test_the_live_line(train):
             "steps_per_dispatch is 2",
         ),
         ({"validate": lambda p, e: {"accuracy": 1.0}}, "best_metric 'robust_accuracy'"),
+        ({"data": lambda step: None, "augment": brighter}, "augment is for.*mix="),
     ],
 )
 def test_messages_name_the_argument(train, changes, message):
