@@ -222,6 +222,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "gradient_penalty": Contestant(
         lambda s: gradient_penalty(s.model, s.linf),
         *(3, "above standard, below madry at large epsilon (1802.01421)"),
+        version=2,  # 1: the penalty with running statistics
     ),
     "l2_first": Contestant(under(l2_first), 8, "open: no such comparison known"),
     "epsilon_ramp": Contestant(
