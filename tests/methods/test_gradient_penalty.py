@@ -138,6 +138,22 @@ def test_loss_gradient_and_statistics_are_those_by_hand(norm, difference, bn_mod
         np.testing.assert_allclose(found, slopes, rtol=1e-6, atol=1e-8, err_msg=name)
 
 
+def test_by_default_what_is_penalized_is_what_learns():
+    """With running statistics a net can be flat there and learn with the batch's."""
+    x, y = inputs()
+    batch = Batch(jnp.asarray(x, jnp.float32), jnp.asarray(y), jnp.arange(ROWS))
+    state = jax.tree.map(
+        lambda v: jnp.asarray(v, jnp.float32), (weights(), statistics())
+    )
+
+    def penalty(**mode):
+        method = gradient_penalty(MODEL, linf(0.1), **mode)
+        found = method.grads(*state, (), batch, jnp.int32(0), jax.random.key(0))
+        return float(found[1].metrics["penalty"].total)
+
+    assert penalty() == penalty(bn_mode="batch") != penalty(bn_mode="eval")
+
+
 def test_dual_norm_has_a_derivative_where_the_norm_has_a_corner():
     grad = jnp.array([[0.0, 0.0], [3.0, -4.0]])
     cases = {
