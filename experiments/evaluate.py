@@ -1,4 +1,4 @@
-"""Evaluate a run on digits, (Fashion-)MNIST or CIFAR-10: AutoAttack's kind, or less.
+"""Evaluate a run on digits, (Fashion-)MNIST or CIFAR-10: a suite, or single attacks.
 
     python -m experiments.evaluate --run runs/madry_cifar --suite standard
     python -m experiments.evaluate --run runs/madry_cifar --suite fast --num-test 500
