@@ -18,7 +18,7 @@ FLOORS = [
     {"problems", "gradients"},
     {"attacks"},
     {"models", "data", "methods", "evaluation", "certify"}
-    | {"metrics", "logging", "parallel", "plots", "testing"},
+    | {"digests", "metrics", "logging", "parallel", "plots", "testing"},
     {"training"},
     {"experiments"},
 ]
@@ -27,6 +27,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # What a room of floor 5 may take from its neighbors (prefixes of module names).
 NEIGHBORS = {
     "models": set(),
+    "digests": {"parallel"},
     "metrics": set(),
     "parallel": set(),
     "plots": set(),
@@ -34,7 +35,7 @@ NEIGHBORS = {
     "data": {"parallel"},
     "methods": {"models.base", "metrics"},
     "evaluation": {"models.base", "models.canonical", "models.compiling", "data"}
-    | {"metrics", "logging", "parallel"},
+    | {"digests", "metrics", "logging", "parallel"},
     "certify": {"evaluation", "plots"},
     "testing": FLOORS[5],
 }

@@ -6,11 +6,9 @@ stage, appended and flushed) and `groups/` (their arrays, written before the lin
 line that a kill has cut is ignored; its group is run again.
 """
 
-import hashlib
 import io
 import json
 import os
-import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,39 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robustjax.digests import digest, program_digest, tree_digest
 from robustjax.evaluation.stage import Outcome, Passes
 from robustjax.logging import write_json
 from robustjax.parallel import is_writer, wait_for_all
-from robustjax.types import LogitsFn, PyTree
-
-
-def digest(*values: Any) -> str:
-    """A hash of arrays, texts and numbers, in their order.
-
-    >>> digest(np.zeros(2), "a") == digest(np.zeros(2), "a") != digest(np.zeros(3), "a")
-    True
-    """
-    found = hashlib.sha256()
-    for value in values:
-        if isinstance(value, str | int | float):
-            found.update(repr(value).encode())
-            continue
-        array = np.asarray(value)
-        found.update(f"{array.dtype}{array.shape}".encode())
-        found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()[:16]
-
-
-def tree_digest(tree: PyTree) -> str:
-    """A hash of a pytree's leaves; keys count as their data."""
-    leaves = [
-        jax.random.key_data(leaf)
-        if isinstance(leaf, jax.Array)
-        and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        else leaf
-        for leaf in jax.tree.leaves(tree)
-    ]
-    return digest(*leaves)
+from robustjax.types import LogitsFn
 
 
 def model_digest(f: LogitsFn, x: np.ndarray) -> str:
@@ -76,18 +46,6 @@ def model_digest(f: LogitsFn, x: np.ndarray) -> str:
     shape = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
     closed = jax.make_jaxpr(gradient)(f, shape, jax.random.key(0))
     return digest(tree_digest(f), program_digest(closed))
-
-
-def program_digest(closed: Any) -> str:
-    """A hash of a traced program (`jax.make_jaxpr`): its operations and constants.
-
-    >>> trace = jax.make_jaxpr
-    >>> one, same, two = (trace(lambda x, k=k: x * k)(1.0) for k in (1, 1, 2))
-    >>> program_digest(one) == program_digest(same) != program_digest(two)
-    True
-    """
-    text = re.sub(r"0x[0-9a-f]+", "", str(closed))
-    return digest(text, tree_digest([c for c in closed.consts if hasattr(c, "shape")]))
 
 
 def code_digest() -> str:

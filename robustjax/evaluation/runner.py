@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robustjax.attacks.base import AttackFn
+from robustjax.digests import digest, program_digest, tree_digest
 from robustjax.evaluation import checks as inputs
 from robustjax.evaluation import fast, strong, suites
 from robustjax.evaluation.attack import PGD
@@ -22,14 +23,7 @@ from robustjax.evaluation.board import Board, Enough, clean_margin
 from robustjax.evaluation.doctor import after, chosen, doctor, usual_scale
 from robustjax.evaluation.judge import Driver, Model, ladder
 from robustjax.evaluation.last_pass import last_pass, randomized
-from robustjax.evaluation.ledger import (
-    Ledger,
-    code_digest,
-    digest,
-    model_digest,
-    program_digest,
-    tree_digest,
-)
+from robustjax.evaluation.ledger import Ledger, code_digest, model_digest
 from robustjax.evaluation.live import Live
 from robustjax.evaluation.prepare import (
     clean_logits,

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from robustjax.data.resident import Resident
+from robustjax.digests import program_digest, tree_digest
 from robustjax.logging import LiveLine, plain
 from robustjax.methods.base import Method
 from robustjax.models.base import Model
@@ -45,7 +47,6 @@ from robustjax.training.arguments import (
     length,
 )
 from robustjax.training.dispatch import Dispatcher, HostBatches
-from robustjax.training.program import digest_of, fingerprint_of
 from robustjax.training.progress import Progress
 from robustjax.training.state import TrainState, create_state, placement, sharing
 from robustjax.training.step import Decay, make_train_step
@@ -54,6 +55,9 @@ from robustjax.types import Array, Batch, Key, PyTree
 
 Validate = Callable[[PyTree, PyTree], Mapping[str, Any]]
 
+
+TRACING = ("jax", "flax", "optax", "robustjax")
+"""Packages of which another version may trace the same step otherwise."""
 
 EXIT_CODE = 128 + 15
 """Of a run that SIGTERM ended, as shells have it."""
@@ -172,7 +176,7 @@ def fit(
         values: what tells model, method, tx, augment, mix, start, validate and a
         `data` function of one run from those of another belongs into `config`.
         Without `config` what JAX traces of the first weights and a step is compared
-        (`training.program`), and the bits of `start`: all of these but validate, a
+        (`digests`), and the bits of `start`: all of these but validate, a
         `data` function and callbacks. `config={}` compares neither.
       Preempted: after SIGTERM; uncaught it ends the process with exit code 143.
       FloatingPointError: a loss or weight is no longer finite; the message names the
@@ -256,8 +260,11 @@ def fit(
         }
         if config is None:
             shapes = jax.eval_shape(lambda start: start, start), *run_steps.drawn_from()
-            settings["program"] = fingerprint_of(program, *shapes)
-            settings["program"]["start"] = digest_of(start)
+            settings["program"] = {
+                "versions": {name: version(name) for name in TRACING},
+                "digest": program_digest(jax.make_jaxpr(program)(*shapes)),
+                "start": tree_digest(start),
+            }
         remembered, history = run_folder.open_run(out, settings, config)
     best: dict[str, Any] | None = None
     seconds = 0.0

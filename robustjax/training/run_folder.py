@@ -151,7 +151,7 @@ def check_settings(
 def _check_program(
     out: Path, then: Mapping[str, Any] | None, now: Mapping[str, Any] | None
 ) -> None:
-    """Raise ValueError where the run computed something else (see `program`)."""
+    """Raise ValueError where the run computed something else (see `fit`)."""
     if then is None or now is None or then == now:
         return
     if then["start"] == now["start"] and then["versions"] != now["versions"]:

@@ -205,6 +205,24 @@ def test_a_ledger_of_a_closure_is_known_by_what_it_computes(tmp_path):
         evaluate(lambda x: 1.01 * NET(x), suite=("apgd-ce",), resume=tmp_path)
 
 
+def test_a_ledger_sees_constants_inside_an_inner_jit(tmp_path):
+    def towards(size):
+        there = np.full(X.shape[1:], size, np.float32)
+        move = jax.jit(lambda x: jnp.clip(x + there[None], 0, 1))
+
+        def attack(key, problem):
+            x_adv = move(problem.x)
+            none = jnp.zeros(len(x_adv))
+            return rj.Result(x_adv, none > 0, none, none)
+
+        return {"mine": attack}
+
+    evaluate(suite=("apgd-ce",), attacks=towards(0.01), resume=tmp_path)
+    evaluate(suite=("apgd-ce",), attacks=towards(0.01), resume=tmp_path)
+    with pytest.raises(ValueError, match="another 'attacks'"):
+        evaluate(suite=("apgd-ce",), attacks=towards(0.02), resume=tmp_path)
+
+
 def make_late(settings):
     """Claims to have won at x, which is no win; does win at its fourth point."""
 
