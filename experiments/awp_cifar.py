@@ -7,7 +7,8 @@
 
 `small`: PreActResNet-18 of width 16, two steps of 0.75 epsilon, five epochs (on Madry's
 method four gradients per update, as many in all as `madry_cifar`), 39,000 of the first
-40,000 training images. docs/reproduce.md says what was measured.
+40,000 training images. `small` was NOT run here; the method's rows of `compare_methods`
+were (docs/results.md).
 
 `paper` (Madry's method, PreActResNet-18, gamma 0.01) and `trades` (WideResNet-34-10,
 gamma 0.005 after 9 epochs without) have NOT been run here: they want an accelerator.

@@ -13,6 +13,10 @@ experiments/contestants.py.
 Helpers (HAT's standard net, the net that labels `madry_pseudo`'s stream) are not in the
 budget, as in their papers. Killed, the same command goes on; nothing is computed twice,
 and further methods and seeds join the table.
+
+Measured on one core of an AMD EPYC, 7 to 20 minutes a net: docs/results.md has the
+tables, the revisions, and what was not run. On CIFAR-10 at 6 gradients per image
+`madry` has 0.413 clean, 0.250 robust, the two-step attack 0.483 and 0.293.
 """
 
 import time

@@ -90,7 +90,21 @@ def measure(attack_fn: rj.AttackFn, f, x, y, epsilon):
     return answers == y, (answers == y) & ~found.success, answers
 
 
+def check(config: Config) -> None:
+    """Raise ValueError for what the summary could not be made of."""
+    seeds, ways = config.seeds, config.ways
+    if len(set(seeds)) != len(seeds) or len(seeds) not in T95:
+        raise ValueError(
+            f"seeds={seeds}; give {min(T95)} to {max(T95)} different ones."
+        )
+    if "Linf" not in ways or len(set(ways)) != len(ways):
+        raise ValueError(f"ways={ways}; give Linf, which the others are compared with.")
+    if not config.epsilons:
+        raise ValueError("epsilons is empty; give one or more.")
+
+
 def main(config: Config) -> dict[str, Any]:
+    check(config)
     began = common.start()
     splits = common.load_splits(config.dataset, config.data_dir, 0, 0, config.num_test)
     train_set = splits.train._replace(

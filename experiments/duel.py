@@ -72,6 +72,8 @@ def players() -> dict[str, tuple[int, rj.AttackFn | None]]:
     }
 
 
+# Of the config, what a net's folder is about: its training, and what is seen of it.
+DECIDES = ("epsilon", "seed", "num_watched", "watch_steps")
 WATCHED = ("FGSM", "1 step, random start", "10 steps")
 REFERENCE = "10 steps"
 
@@ -126,7 +128,7 @@ def main(config: Config) -> dict[str, Any]:
             method = madry(model, threat, attack_fn)
         f, fitted = ideas.train(
             *(config.out, name.replace(", ", "_").replace(" ", "_"), model, method),
-            *(train_set, {"epsilon": config.epsilon, "seed": config.seed}),
+            *(train_set, {name: getattr(config, name) for name in DECIDES}),
             num_epochs=config.num_epochs,
             seed=config.seed,
             validate=watch(attack_fn),

@@ -145,6 +145,24 @@ def _nets_in(run: str | Path) -> str:
     return f"; in {run} there are {', '.join(found)}" if found else ""
 
 
+ASKED = ("which", "seed", "attacks", "num_steps", "num_restarts", "batch_size")
+
+
+def asked(config: Config, count: int, budgets: tuple[str, ...]) -> str:
+    """The ledger's folder: another question has another, and is not refused.
+
+    >>> asked(Config(suite="fast", seed=1), 100, ("8/255", "0.5"))
+    'fast_100_8of255_0.5_seed_1'
+    """
+    parts = [str(config.suite), str(count), *budgets]
+    for name in ASKED:
+        value, usual = getattr(config, name), getattr(Config, name, None)
+        if value != usual:
+            texts = value if isinstance(value, tuple) else (value,)
+            parts += [name, *map(str, texts)]
+    return "_".join(parts).replace("/", "of")
+
+
 def main(config: Config) -> dict[str, Any]:
     began = common.start()
     if config.machine.microbatches != 1 or config.machine.shard_params:
@@ -154,6 +172,12 @@ def main(config: Config) -> dict[str, Any]:
     f, dataset, trained = load_run(
         config.run, config.which, config.machine, config.net, config.dataset
     )
+    learned = trained.get("dtype", "float32")
+    if learned != config.machine.dtype:
+        print(
+            f"{config.run} was trained in {learned} and is judged in "
+            f"{config.machine.dtype}: --dtype {learned} judges it as it was trained."
+        )
     found = data.load(dataset, config.data_dir)
     x = data.to_float(jnp.asarray(found.x_test[: config.num_test]), found.max_value)
     y = found.y_test[: config.num_test]
@@ -173,8 +197,7 @@ def main(config: Config) -> dict[str, Any]:
     }
     single = () if config.suite else tuple(known)
     out = Path(config.out or Path(config.run) / "evaluation")
-    asked = f"{config.suite}_{len(y)}_{'_'.join(budgets)}".replace("/", "of")
-    ledger = out / "ledger" / asked  # another question is no reason to refuse
+    ledger = out / "ledger" / asked(config, len(y), budgets)
     report = rj.evaluate(
         f,
         np.asarray(x),

@@ -5,7 +5,8 @@
 
 `small`: PreActResNet-18 of width 16, each batch replayed four times, five epochs (so
 twenty gradients per image, as many as `madry_cifar`), 39,000 of the first 40,000
-training images. docs/reproduce.md says what was measured.
+training images. `small` was NOT run here; the method's row of `compare_methods` was
+(docs/results.md).
 
 `paper` has NOT been run here: it wants an accelerator. Published, not measured here:
 clean 85.96, PGD-100 46.19, CW 46.60 in 785 minutes (the authors' README; PGD training

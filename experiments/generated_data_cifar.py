@@ -1,7 +1,8 @@
 """TRADES with generated or self-labeled images (Wang et al. 2023, arXiv:2302.04638).
 
     python -m experiments.generated_data_cifar --data-dir DIR --generated self
-    python -m experiments.generated_data_cifar --data-dir DIR --generated FILE.npz
+    python -m experiments.generated_data_cifar --data-dir DIR --generated FILE.npz \
+        --out runs/generated_file
     python -m experiments.generated_data_cifar --generated FILE.npz --preset paper
 
 `--generated self` is self-training in small (Carmon et al. 2019, arXiv:1905.13736):
@@ -9,8 +10,8 @@
 the rest (in OUT/teacher) predicts them, and each batch takes `--fraction` of its images
 from these. `small`: PreActResNet-18 of width 16, 20,000 images held back, two steps of
 0.75 epsilon, 1,480 steps of 128 images, half of them labeled: five passes over 19,000
-(four gradients per update, as many in all as `madry_cifar`). docs/reproduce.md says
-what was measured.
+(four gradients per update, as many in all as `madry_cifar`). `small` was NOT run here;
+the row `madry_pseudo` of `compare_methods` is self-training too (docs/results.md).
 
 `paper` has NOT been run here: it wants an accelerator and the million images of an EDM.
 Published, not measured here: WideResNet-28-10 clean 92.44, AutoAttack 67.31 (the
@@ -31,7 +32,7 @@ from typing import Any, Literal
 import numpy as np
 
 import robustjax as rj
-from experiments import common, recipe
+from experiments import common, machine, recipe
 from experiments.recipe import Prepared, Recipe
 from robustjax import data
 from robustjax.methods.base import smoothed
@@ -46,7 +47,8 @@ class Config:
     generated: str | None = None
     """An .npz with `image` (uint8) and `label`, or "self"."""
     fraction: float = 0.5
-    """Of each batch, how much is generated."""
+    """Of each batch, how much is generated. Devices share both parts: 0.7 of 512 are
+    154 + 358 rows, for two devices at most; 0.6875 are 160 + 352, for up to 32."""
     smoothing: float = 0.0
     """Of all labels."""
     num_held_back: int = 20_000
@@ -115,6 +117,8 @@ def read(path: str) -> data.Resident:
         x, y = arrays["image"], arrays["label"]
     if x.dtype != np.uint8 or x.shape[1:] != common.SHAPES["cifar10"]:
         raise ValueError(f"{path}: image is {x.dtype} {x.shape}, not uint8 32x32x3.")
+    if y.size and y.max() > 9:
+        raise ValueError(f"{path}: label goes to {y.max()}; CIFAR-10 has 0 to 9.")
     return data.resident(x, y, 255)
 
 
@@ -148,8 +152,8 @@ def main(config: Config) -> dict[str, Any]:
     own, rows = split_batch(config.recipe.batch_size, config.fraction)
     images = None if config.generated == "self" else read(config.generated or "")
     ready, right = recipe.prepare(config.recipe), None
-    if images is None:
-        ready, images, right = label(config, ready)
+    # What cannot be is refused before a teacher is trained.
+    shared = machine.fit_options(config.recipe.machine, own, rows)
     steps, size = config.attack_steps, config.attack_step_size
     method = trades(
         ready.model,
@@ -161,9 +165,11 @@ def main(config: Config) -> dict[str, Any]:
         start_noise=None,
         outer=smoothed(config.smoothing),
     )
+    if images is None:
+        ready, images, right = label(config, ready)
     streams = {"generated": (images, rows)}
     trained = recipe.train(
-        config, ready, with_stream(method), batch_size=own, streams=streams
+        config, ready, with_stream(method), batch_size=own, streams=streams, **shared
     )
     return recipe.finish(config, ready, trained, labels_right=right)
 

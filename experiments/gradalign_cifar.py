@@ -1,14 +1,16 @@
 """GradAlign on CIFAR-10 (Andriushchenko and Flammarion 2020, arXiv:2007.02617).
 
     python -m experiments.gradalign_cifar --data-dir DIR
-    python -m experiments.gradalign_cifar --data-dir DIR --epsilon 16/255 --strength 2
+    python -m experiments.gradalign_cifar --data-dir DIR --epsilon 16/255 --strength 2 \
+        --out runs/gradalign_16
     python -m experiments.gradalign_cifar --data-dir DIR --preset paper
 
 `small`: PreActResNet-18 of width 16, strength 0.2, three epochs of 39,000 of the first
 40,000 training images; BatchNorm in mode eval, since in the authors' mode this net
 learned to read the label off the step (docs/results.md). The penalty is differentiated
 twice, which costs more than the four gradients that are counted: 72 images per second
-were measured on one core. docs/reproduce.md says what was measured.
+were measured on one core. `small` as a whole was NOT run here; the method's row of
+`compare_methods` was (docs/results.md).
 
 `paper` has NOT been run here: it wants an accelerator. 30 epochs, rate up to 0.3 at 2/5
 of the training and back, weight decay 5e-4; strength by epsilon of 255: 8 0.2, 10

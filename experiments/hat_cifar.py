@@ -6,7 +6,8 @@
 First trains the helper, the same net without attacks, in OUT/helper, then the net; the
 same command goes on with either. `small`: PreActResNet-18 of width 16, five epochs for
 the helper, then four with two steps of 0.75 epsilon (five gradients per update),
-39,000 of the first 40,000 training images. docs/reproduce.md says what was measured.
+39,000 of the first 40,000 training images. `small` was NOT run here; the method's row
+of `compare_methods` was (docs/results.md).
 
 `paper` has NOT been run here: it wants an accelerator. Published, not measured here:
 ResNet-18 clean 84.90, AutoAttack 49.08 (the authors' README). 50 epochs for each net,
@@ -69,10 +70,10 @@ PRESETS = {
 
 def main(config: Config) -> dict[str, Any]:
     ready = recipe.prepare(config.recipe)
-    helper = recipe.standard_net(config.recipe, ready, "helper", config.helper_epochs)
     attack_fn = rj.pgd(
         config.attack_steps, config.attack_step_size, random_start=False, keep=rj.last
     )
+    helper = recipe.standard_net(config.recipe, ready, "helper", config.helper_epochs)
     method = hat(
         ready.model,
         ready.threat,

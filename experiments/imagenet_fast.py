@@ -15,8 +15,8 @@ of 32, 48 and 64 pixels.
 
 Nothing was measured here: there is no ImageNet on the machine. Published, not measured
 here: at 2/255 clean 60.90, PGD-50 with 10 restarts 43.46 in 12 hours (the authors'
-README). The settings of the phases were read in the copy of the authors' configurations
-in the N-FGSM repository.
+README); this file ends with FGSM and one PGD-20, which is weaker. The settings of the
+phases were read in the copy of the authors' configurations in the N-FGSM repository.
 Differs from the authors' code: images are scaled to 5/4 of the crop and cut square,
 then cropped at random, where theirs take a part of random size and shape; the momentum
 begins anew with each phase; no weight decay on the last layer's bias, as on BatchNorm,
@@ -94,6 +94,7 @@ PAPER = Config(
     crops=(128, 224, 288),
     batch_sizes=(512, 224, 128),
     learning_rate=0.4,
+    num_test=50_000,
 )
 PRESETS = {
     "small": Config(),
@@ -180,6 +181,24 @@ def rate(config: Config, phase: int, per_epoch: int) -> optimizers.Schedule:
     return optimizers.linear([0, first, first / 10], [0, rise, num_steps])
 
 
+def check_phases(config: Config) -> None:
+    """Raise ValueError before the first phase for what would end a later one."""
+    crops, sizes, ends = config.crops, config.batch_sizes, config.ends
+    if not crops or not len(crops) == len(sizes) == len(ends):
+        raise ValueError(
+            f"crops={crops}, batch_sizes={sizes}, ends={ends}: give as many of each, "
+            "one per phase."
+        )
+    if any(num_epochs(config, phase) < 1 for phase in range(len(ends))):
+        raise ValueError(f"ends={ends}; give epochs that rise from 1 on.")
+    if not 0 <= config.rise < ends[0]:
+        raise ValueError(f"rise={config.rise}; give an epoch before {ends[0]}.")
+    if config.num_watched < 1:
+        raise ValueError(f"num_watched={config.num_watched}; give 1 or more.")
+    for batch_size in sizes:
+        machine.mesh(config.machine, batch_size)
+
+
 def num_epochs(config: Config, phase: int) -> int:
     """How many epochs a phase has.
 
@@ -199,7 +218,10 @@ def carried_on(trained: FitResult) -> tuple[PyTree, PyTree]:
 
 def main(config: Config) -> dict[str, Any]:
     began = common.start()
+    check_phases(config)
     train, root = opened(config.images), str(config.images)
+    for batch_size in config.batch_sizes:
+        data.steps_per_epoch(len(train), batch_size)  # refuses too small a folder
     on = config.machine
     options = {"mean": MEAN, "std": STD, **machine.net_options(on, has_blocks=False)}
     net = models.resnet50(

@@ -6,6 +6,7 @@ A run may go on with other values, on another number of devices, but for `dtype`
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,12 +73,13 @@ def started(machine: Machine) -> Iterator[None]:
         yield
 
 
-def mesh(machine: Machine, batch_size: int | None = None) -> Any:
+def mesh(machine: Machine, *batch_sizes: int) -> Any:
     """The devices to use as a mesh; None: one, without a mesh.
 
     Args:
       machine: the flags.
-      batch_size: rows that they share, microbatch by microbatch; None: any number.
+      batch_sizes: rows that they share, microbatch by microbatch, of the data and of
+        each further stream; none: any number.
 
     Raises:
       ValueError: they cannot share it, or there are fewer devices than asked for.
@@ -86,7 +88,8 @@ def mesh(machine: Machine, batch_size: int | None = None) -> Any:
     together, slices = parallel.num_processes() > 1, machine.microbatches
     if count is None:
         counts = range(len(devices), 0, -1)
-        fitting = (n for n in counts if (batch_size or 0) % (slices * n) == 0)
+        rows = math.gcd(*batch_sizes)  # of none it is 0
+        fitting = (n for n in counts if rows % (slices * n) == 0)
         count = len(devices) if together else next(fitting, 1)
     if not 1 <= count <= len(devices):
         raise ValueError(
@@ -97,18 +100,19 @@ def mesh(machine: Machine, batch_size: int | None = None) -> Any:
             f"num_devices is {count}, but {parallel.num_processes()} processes have "
             f"{len(devices)}: with several processes all are used. Leave it out."
         )
-    if batch_size and batch_size % (slices * count):
-        raise ValueError(
-            f"batch_size {batch_size} cannot be shared by {count} devices in "
-            f"microbatches={slices}: give a multiple of {slices * count}."
-        )
+    for batch_size in batch_sizes:
+        if batch_size % (slices * count):
+            raise ValueError(
+                f"batch_size {batch_size} cannot be shared by {count} devices in "
+                f"microbatches={slices}: give a multiple of {slices * count}."
+            )
     return None if len(devices) == 1 else parallel.data_mesh(devices[:count])
 
 
-def fit_options(machine: Machine, batch_size: int) -> dict[str, Any]:
+def fit_options(machine: Machine, *batch_sizes: int) -> dict[str, Any]:
     """What `fit` is told: mesh and sharing."""
     return {
-        "mesh": mesh(machine, batch_size),
+        "mesh": mesh(machine, *batch_sizes),
         "shard_params": machine.shard_params and len(jax.devices()) > 1,
     }
 

@@ -24,7 +24,8 @@ momentum; the attack's passes do not move BatchNorm's running statistics. Their
 w32-10 has five blocks in each of three stages: depth 34 in the usual count.
 
 `pod` has NOT been run either: WideResNet-28-10, PGD-10, bfloat16, 2,048 images per
-step; `scripts/plan_pod madry_cifar --preset pod` compiles it for TPUs (docs/plan.md).
+step; `scripts/plan_pod madry_cifar -- --preset pod` compiles it for TPUs
+(docs/plan.md).
 """
 
 import dataclasses
@@ -36,6 +37,7 @@ import jax
 import robustjax as rj
 from experiments import common, machine, watching
 from experiments.machine import Machine
+from experiments.recipe import ending
 from experiments.watching import Collapse
 from robustjax import data
 from robustjax.methods.madry import madry
@@ -116,6 +118,7 @@ MADRY = Config(
     learning_rate=0.1,
     weight_decay=2e-4,
     decay="kernels",
+    num_test=10_000,
 )
 PRESETS = {
     "small": Config(),
@@ -208,6 +211,7 @@ def main(config: Config) -> dict[str, Any]:
     attacks = {"FGSM": rj.fgsm(), "PGD-20": made.evaluation}
     return common.measure(
         *(config.out, made.model, trained, splits, made.threat, attacks, began),
+        more={"config": config, **ending(trained.history)},
         mesh=options["mesh"],
     )
 

@@ -28,6 +28,7 @@ import jax
 import robustjax as rj
 from experiments import common, machine, watching
 from experiments.machine import Machine
+from experiments.recipe import ending
 from robustjax import data
 from robustjax.methods.madry import madry
 from robustjax.threats import standard_threat
@@ -99,6 +100,7 @@ PRESETS = {
         schedule="constant",
         learning_rate=1e-4,
         weight_decay=0.0,
+        num_test=10_000,
     ),
 }
 
@@ -155,6 +157,7 @@ def main(config: Config) -> dict[str, Any]:
     attacks = {"FGSM": rj.fgsm(), "PGD-40": rj.pgd(40)}
     return common.measure(
         *(out, model, trained, splits, threat, attacks, began),
+        more={"config": config, **ending(trained.history)},
         learning_rate=rate,
         mesh=options["mesh"],
     )

@@ -6,7 +6,8 @@
 
 `small`: PreActResNet-18 of width 16, beta 5, two steps of 0.75 epsilon, five epochs
 (four gradients per update, as many in all as `madry_cifar`) with a highest rate of 0.1,
-39,000 of the first 40,000 training images. docs/reproduce.md says what was measured.
+39,000 of the first 40,000 training images. `small` was NOT run here; the method's row
+of `compare_methods` was (docs/results.md).
 
 `paper` (ResNet-18, beta 5, SGD 0.01, weight decay 3.5e-3, 120 epochs) and `wide`
 (WideResNet-34-10, beta 6, SGD 0.1, 7e-4, 90 epochs), a tenth from epochs 75, 90 and 100

@@ -12,7 +12,8 @@ arXiv:1904.13000) have two epochs, `eat` (Croce and Hein, arXiv:2105.12508: APGD
 or L1, one per batch) five: about as many gradients as `madry_cifar` (`msd` 12 per
 image, and its forward passes). Measured are all three norms, 8/255, 0.5 and 12, and
 their union, which also chooses the checkpoint.
-docs/reproduce.md says what was measured.
+None of these was run here; the methods' rows of `compare_methods --methods multinorm`
+were, on Fashion-MNIST (docs/results.md).
 
 `paper` has NOT been run here: it wants an accelerator. Published, not measured here, at
 Linf 0.03, L2 0.5, L1 12: clean 81.7, union 46.1; maximum 34.9, average 40.6 (the

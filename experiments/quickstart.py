@@ -39,6 +39,10 @@ PGD20 = rj.pgd(20)  # for the curves
 GRID = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4)  # of the budgets
 
 
+# Of the config, what is of the tests alone; a run goes on with others.
+TESTED = ("linf", "l2", "l1")
+
+
 @dataclass(frozen=True)
 class Config:
     out: str = "runs/quickstart"
@@ -76,6 +80,7 @@ def train(config: Config, name: str, method: Method, model, splits) -> rj.Logits
     print(f"training {name}")
     per_epoch = data.steps_per_epoch(splits.train.x.shape[0], config.batch_size)
     steps = config.num_epochs * per_epoch
+    decides = common.training_part(config)
     trained = fit(
         jax.random.key(config.seed),
         model,
@@ -87,7 +92,7 @@ def train(config: Config, name: str, method: Method, model, splits) -> rj.Logits
         steps_per_dispatch=per_epoch,
         checkpoint_every=20 * per_epoch,
         out=Path(config.out) / name,
-        config=common.training_part(config),
+        config={k: v for k, v in decides.items() if k not in TESTED},
         ema_decay=ramped(0.995),
     )
     return models.logits_fn(model, trained.params, trained.extra)
@@ -157,7 +162,8 @@ def main(config: Config) -> dict[str, Any]:
     }.items():
         plots.save(figure, Path(config.out) / f"{name}.png")
     print(table(results, budgets))
-    return common.save_results(config.out, {**results, "data": splits.used}, began)
+    results = {**results, "config": config, "data": splits.used}
+    return common.save_results(config.out, results, began)
 
 
 def table(results: dict[str, Any], budgets: dict[str, float]) -> str:

@@ -19,6 +19,7 @@ from robustjax import data, models
 from robustjax.methods.base import Method
 from robustjax.methods.standard import standard
 from robustjax.training import monitors, optimizers
+from robustjax.training.arguments import check_counts
 from robustjax.training.loop import FitResult, Validate, fit
 
 
@@ -119,6 +120,12 @@ def run(config: Any, build: Build, **options: Any) -> dict[str, Any]:
 def prepare(recipe: Recipe) -> Prepared:
     """Load the data, build the net."""
     began = common.start()
+    check_counts(
+        num_validation=recipe.num_validation,
+        num_attacked=recipe.num_attacked,
+        num_monitored=recipe.num_monitored,
+        num_test=recipe.num_test,
+    )
     splits = common.load_splits(
         *("cifar10", recipe.data_dir, recipe.seed),
         *(recipe.num_validation, recipe.num_test),
@@ -193,9 +200,8 @@ def standard_net(
     held-out images is taken.
     """
     print(f"{name}: a net trained without attacks")
-    recipe = replace(
-        recipe, out=f"{recipe.out}/{name}", num_epochs=num_epochs, monitors=False
-    )
+    own = {"out": f"{recipe.out}/{name}", "num_epochs": num_epochs, "num_steps": None}
+    recipe = replace(recipe, **own, monitors=False)
     x, y = ready.splits.validation
     held_out = x[: recipe.num_attacked], y[: recipe.num_attacked]
     trained = train(

@@ -2,11 +2,12 @@
 
     python -m experiments.trades_cifar --data-dir DIR
     python -m experiments.trades_cifar --data-dir DIR --preset paper
-    python -m experiments.trades_cifar --data-dir DIR --beta 1
+    python -m experiments.trades_cifar --data-dir DIR --beta 1 --out runs/trades_beta_1
 
 `small`: PreActResNet-18 of width 16, beta 6, two steps of 0.75 epsilon, five epochs
 (four gradients per update: as many in all as `madry_cifar`), 39,000 of the first 40,000
-training images. docs/reproduce.md says what was measured.
+training images. `small` was NOT run here; the method's row of `compare_methods` was
+(docs/results.md).
 
 `paper` has NOT been run here: it wants an accelerator. Published, not measured here, at
 epsilon 0.031: clean 84.92, PGD-20 with steps of 0.003 56.61, AutoAttack 53.08 (the

@@ -12,6 +12,7 @@ from robustjax import data, models, plots
 from robustjax.data import Resident
 from robustjax.parallel import is_writer
 from robustjax.training import monitors
+from robustjax.training.arguments import check_counts
 from robustjax.training.curves import draw_run
 from robustjax.training.loop import FitResult, Validate
 from robustjax.training.optimizers import Schedule
@@ -49,6 +50,12 @@ def watch(
       on_collapse: watch for catastrophic overfitting, and what to do about it.
       mesh: of the training.
     """
+    check_counts(num_attacked=num_attacked, num_monitored=num_monitored)
+    if min(len(held_out[0]), len(seen[0])) == 0:
+        raise ValueError(
+            f"{len(held_out[0])} held-out and {len(seen[0])} training images are "
+            "watched: hold one or more out (num_validation), and leave some."
+        )
     one = threat if isinstance(threat, rj.ThreatModel) else next(iter(threat.values()))
     seen, some = ((x[:num_monitored], y[:num_monitored]) for x, y in (seen, held_out))
     parts: list[monitors.Monitor] = [

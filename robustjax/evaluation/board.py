@@ -63,7 +63,8 @@ class Board:
     rank:      `[N]` where a broken example stood in the ranking by margin when the
                stage that broke it began: the fraction of survivors before it (NaN:
                unbroken).
-    further:   an interval for the fraction that more work might still break, or None.
+    further:   an interval for the fraction that the attack on a sample might still
+               break, or None.
     logits:    `[N, K]` clean logits, scaled.
     """
 

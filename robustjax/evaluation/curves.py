@@ -15,7 +15,7 @@ from robustjax.evaluation.board import Board
 from robustjax.evaluation.judge import Driver, Model, judge, ladder
 from robustjax.evaluation.prepare import clean_logits, predicted, prepare_model
 from robustjax.evaluation.stage import Stage
-from robustjax.parallel import num_devices
+from robustjax.parallel import num_devices, put_shared
 from robustjax.threats import ThreatModel
 from robustjax.types import Array, Key
 
@@ -55,7 +55,7 @@ def minimal_norm_curve(
     Args:
       logits_fn, x, y, key, batch_size, index, mesh: see `evaluate`.
       threat: norm and box; its epsilon is where the returned budgets end (64 of them,
-        evenly spaced).
+        evenly spaced); of `inf` they end at the largest distance found.
       num_steps: of each run.
       num_targets: runs, one for each of the best other classes.
 
@@ -93,6 +93,8 @@ def minimal_norm_curve(
         wins = verdict.wrong & (size < distance[places])
         distance[places[wins]] = size[wins]
     limit = float(np.max(np.asarray(threat.epsilon)))
+    if not np.isfinite(limit):
+        limit = float(np.max(distance, where=np.isfinite(distance), initial=0.0))
     epsilon = np.linspace(0, limit, 64)
     return _curve(epsilon, distance)
 
@@ -166,6 +168,7 @@ def _curve(epsilon: np.ndarray, distance: np.ndarray) -> Curve:
 def _board(logits_fn, x, y, threat, key, batch_size, index, mesh) -> Board:
     x, y, index = checks.check_inputs(x, y, threat, index, batch_size)
     f, looped = prepare_model(logits_fn, x, y, batch_size)
+    f = put_shared(f, mesh)
     key_judge, key_attack = jax.random.split(checks.check_key(key))
     driver = Driver(
         Model(f, jnp.float32(1)),

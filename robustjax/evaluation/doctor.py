@@ -17,6 +17,7 @@ from robustjax import losses
 from robustjax.evaluation import masking, symptoms
 from robustjax.evaluation.checks import Flag
 from robustjax.evaluation.judge import Driver, Model
+from robustjax.evaluation.prepare import no_gradient
 from robustjax.evaluation.stage import Rows
 from robustjax.evaluation.symptoms import Chart
 from robustjax.threats import ThreatModel
@@ -109,14 +110,22 @@ def doctor(
     random = symptoms.look_at_repeats(chart, answers, logits, x, key_other)
     symptoms.look_at_precision(chart, answers, x, threat, key_noise)
     symptoms.look_at_scale(chart, answers, logits, x, y, threat, image_axes)
-    symptoms.look_at_slopes(chart, f, logits, x, y, threat, key_clean)
+    opaque = no_gradient(f, x)
+    if opaque is None:
+        symptoms.look_at_slopes(chart, f, logits, x, y, threat, key_clean)
+    else:
+        symptoms.note_opaque(chart, opaque)
     margin = np.asarray(losses.margin(jnp.asarray(logits), jnp.asarray(y)))
     scale = usual_scale(margin)
     asked = Model(f, jnp.float32(scale)), key_attacks, image_axes, looped
     epsilon = np.asarray(threat.epsilon, np.float32)
     epsilon = np.broadcast_to(epsilon, index.shape)[take]
     rows: Any = (x, y, index[take].astype(np.int32), y, epsilon)
-    _look_at_attacks(chart, asked, random, scale * margin, Rows(*rows), threat)
+    if opaque is None:
+        _look_at_attacks(chart, asked, random, scale * margin, Rows(*rows), threat)
+    else:
+        for name in ATTACK_CHECKS:
+            chart.skip(name, "the model cannot be differentiated")
     return Diagnosis(chart.flags(), chart.checks, chart.spent, random, scale)
 
 

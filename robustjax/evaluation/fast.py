@@ -19,6 +19,7 @@ import numpy as np
 
 from robustjax.attacks.apgd import phases
 from robustjax.evaluation.board import Board
+from robustjax.evaluation.intervals import wilson
 from robustjax.evaluation.judge import pad, plan
 from robustjax.evaluation.stage import Outcome
 from robustjax.evaluation.starts import near_image, noisy, normal, other_image
@@ -91,8 +92,8 @@ def run_fast(board: Board, budget: Budget) -> list[str]:
                 square_start(board, places, queries, steps, name)
         targeted(board, budget.last[0], floor, count, budget.last[1], "2")
     notes = [LEFT_OUT_MASKED if masked else LEFT_OUT]
-    notes += sentinel(board, min(budget.sentinels, max(4, len(board.alive) // 25)))
-    return notes
+    count = min(budget.sentinels, max(4, len(board.alive) // 25))
+    return notes + (climb_sample if masked else sentinel)(board, count)
 
 
 def small_floor(survivors: int) -> int:
@@ -181,12 +182,21 @@ def ladder(board: Board, rounds: str) -> bool:
         if not len(places):
             return number > 0
         broken = round_of(board, places, kind, f"ladder {number}{kind}")
-        if number == 0 and broken < MASKED * len(places):
+        if number == 0 and not misleads(broken, len(places)):
             return False
         tired = tired + 1 if broken < TIRED * len(places) else 0
         if tired == 2:
             break
     return True
+
+
+def misleads(broken: int, places: int) -> bool:
+    """Whether far starts broke more than luck of what starts in the ball had left.
+
+    >>> misleads(1, 20), misleads(2, 20), misleads(3, 200)
+    (False, True, False)
+    """
+    return broken >= max(2, MASKED * places)
 
 
 def round_of(board: Board, places: np.ndarray, kind: str, label: str) -> int:
@@ -273,10 +283,7 @@ def sentinel(board: Board, count: int) -> list[str]:
     easy = board.ordered(easy)
     if not len(easy):
         return []
-    key = jax.random.fold_in(board.key, 7)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, board.index[easy])
-    draws = np.asarray(jax.vmap(lambda k: jax.random.uniform(k))(keys))
-    sample = easy[np.argsort(draws, kind="stable")[:count]]
+    sample = sampled(board, easy, count)
     square_start(board, sample, 400, 40, "sentinel")
     broken = int((~board.alive[sample]).sum())
     if broken:
@@ -294,6 +301,36 @@ def sentinel(board: Board, count: int) -> list[str]:
         f"APGD: with 95 % confidence at most {upper:.0%} of such points would, "
         f"{upper * share:.1%} of all."
     ]
+
+
+def climb_sample(board: Board, count: int) -> list[str]:
+    """Where gradients mislead: how many of a sample of the survivors further rounds of
+    the ladder break, and so what these would break of all."""
+    places = board.survivors()
+    if not len(places):
+        return []
+    sample = sampled(board, places, count)
+    for kind in "obnb":
+        left = sample[board.alive[sample]]
+        if len(left):
+            round_of(board, left, kind, f"sentinel ladder {kind}")
+    broken = int((~board.alive[sample]).sum())
+    share = (len(places) - broken) / len(board.alive)
+    low, high = (share * part for part in wilson(broken, len(sample)))
+    board.further = (low, high)
+    return [
+        f"Four more rounds broke {broken} of {len(sample)} sampled survivors: with "
+        f"95 % confidence they would break {low:.1%} to {high:.1%} of all examples "
+        "more, and `strong`, which makes more of them, probably does."
+    ]
+
+
+def sampled(board: Board, places: np.ndarray, count: int) -> np.ndarray:
+    """`count` of some places, by key and index."""
+    key = jax.random.fold_in(board.key, 7)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, board.index[places])
+    draws = np.asarray(jax.vmap(lambda k: jax.random.uniform(k))(keys))
+    return places[np.argsort(draws, kind="stable")[:count]]
 
 
 @jax.jit

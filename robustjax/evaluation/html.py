@@ -120,7 +120,7 @@ def _cards(report: "Report") -> str:
                     f"Might still fall{which}",
                     f"{low} to {high}",
                     "of the examples",
-                    "with more work",
+                    "by a sample: see what the suite leaves out",
                 )
             )
     stages = [s for t in report.threats.values() for s in t.stages]

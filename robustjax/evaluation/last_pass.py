@@ -4,6 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from scipy import stats
 
 from robustjax import threats
 from robustjax.evaluation.board import Board
@@ -15,7 +16,11 @@ from robustjax.threats import ThreatModel
 def last_pass(
     board: Board, threat: ThreatModel, notes: tuple[str, ...], individual: bool
 ) -> tuple[ThreatReport, np.ndarray]:
-    """The last pass over all points, and the threat's report."""
+    """The last pass over all points, and the threat's report.
+
+    Returns also `[P, N]`, who is right there, pass by pass; who was not without an
+    attack counts as wrong in all, since nothing attacked it.
+    """
     order = board.ordered(np.arange(len(board.y)))
     verdict = judge(
         board.driver,
@@ -61,7 +66,8 @@ def randomized(correct: list[np.ndarray]) -> dict[str, Any]:
     """Accuracy of a random model under all threats, over passes, with an interval."""
     passes = np.logical_and.reduce(correct).mean(1)
     mean = float(passes.mean())
-    half = 1.96 * float(passes.std(ddof=1)) / np.sqrt(len(passes))
+    quantile = stats.t.ppf(0.975, len(passes) - 1)
+    half = float(quantile * passes.std(ddof=1) / np.sqrt(len(passes)))
     return {
         "passes": len(passes),
         "robust_accuracy_mean": mean,

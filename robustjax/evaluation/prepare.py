@@ -48,6 +48,24 @@ def prepare_model(
     return canonicalize(f), looped
 
 
+def no_gradient(f: Any, x: Any) -> str | None:
+    """Why `f(x, key)` cannot be differentiated by JAX; None: it can.
+
+    >>> no_gradient(lambda x, key: 2 * x, np.ones((1, 2), np.float32)) is None
+    True
+    """
+
+    def total(x: Array, f: Any, key: Key) -> Array:
+        return jnp.sum(f(x, key).astype(jnp.float32))
+
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    try:
+        jax.eval_shape(jax.grad(total), shape, f, jax.random.key(0))
+    except Exception as error:  # pure_callback, while_loop, ...: each has its own
+        return str(error).split("\n")[0]
+    return None
+
+
 def traced_attacks(
     attacks: Mapping[str, AttackFn],
     f: Any,
@@ -57,11 +75,15 @@ def traced_attacks(
 ) -> dict[str, Any]:
     """The program of each attack on two rows, nothing being computed.
 
-    Raises TypeError or ValueError where one does not return a `Result` of its rows; an
-    error of its own gets its name as a note.
+    As in the evaluation, every row has an epsilon of its own. Raises TypeError or
+    ValueError where one does not return a `Result` of its rows; an error of its own
+    gets its name as a note.
     """
     rows = slice(0, min(2, len(x)))
     few = of_rows(threat, rows)
+    few = dataclasses.replace(
+        few, epsilon=jnp.broadcast_to(jnp.asarray(few.epsilon, jnp.float32), rows.stop)
+    )
 
     def call(attack_fn: AttackFn, key: Key, x: Array, y: Array) -> Any:
         return attack_fn(key, untargeted(f, x, y, few))
@@ -73,7 +95,11 @@ def traced_attacks(
         try:
             programs[name], found = trace(*arguments)
         except Exception as error:
-            error.add_note(f"raised by attacks[{name!r}], traced on {rows.stop} rows")
+            error.add_note(
+                f"raised by attacks[{name!r}], traced on {rows.stop} rows under "
+                f"{threat.norm}; problem.threat.epsilon has shape [{rows.stop}], a "
+                "budget for each row."
+            )
             raise
         if not isinstance(found, Result):
             raise TypeError(

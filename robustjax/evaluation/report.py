@@ -62,7 +62,8 @@ class ThreatReport:
                "last pass".
     unconfirmed: index of examples that an attack claimed and the judge never confirmed.
     notes:     what the suite leaves out, in sentences.
-    further:   an interval for the fraction that more work might still break.
+    further:   an interval for the fraction of all examples that the attack on the
+               suite's sample might still break (see `notes`), or None.
     curve:     `{"epsilon": [...], "accuracy": [...]}`, accuracy against the budget.
     individual: every attack ran on every correct example, so that its accuracy is its
                own. Otherwise an attack ran on what the earlier ones left.

@@ -36,7 +36,7 @@ from robustjax.evaluation.report import Report, ThreatReport
 from robustjax.evaluation.stage import OneShot, Stage
 from robustjax.models.canonical import canonicalize
 from robustjax.norms import L0
-from robustjax.parallel import num_devices
+from robustjax.parallel import num_devices, put_shared
 from robustjax.threats import ThreatModel
 from robustjax.types import Array, Key
 
@@ -63,7 +63,7 @@ class _Task(NamedTuple):
     x, y, index, logits, prediction: `[N, ...]`; logits as the model gives them.
     suite, suite_name: how survivors are attacked.
     extra:     name -> the user's own attack.
-    programs:  a hash of what these compute; no attacks, no hash.
+    programs:  threat -> a hash of what these compute; no attacks, no hash.
     """
 
     driver: Driver
@@ -75,7 +75,7 @@ class _Task(NamedTuple):
     suite: Any
     suite_name: str | None
     extra: dict[str, AttackFn]
-    programs: str
+    programs: dict[str, str]
     key: Key
     axes: str | None
     individual: bool
@@ -157,6 +157,7 @@ def evaluate(
     extra = _named_attacks(attacks)
     run_suite, suite_name = _chosen(suite)
     _check_request(named, run_suite, suite_name, extra, checks)
+    _check_limits(stop_below, resume, named)
     for t in named.values():
         x, y, index = inputs.check_inputs(x, y, t, index, batch_size)
     x = x.astype(np.float32)
@@ -164,11 +165,12 @@ def evaluate(
     axes = _axes(image_axes, x)
     key_judge, key_attacks, key_checks = jax.random.split(inputs.check_key(key), 3)
     f, looped = prepare_model(logits_fn, x, y, batch_size)
+    f = put_shared(f, mesh)
     first = next(iter(named.values()))
-    programs = [
-        f"{name} {program_digest(program)}"
-        for name, program in traced_attacks(extra, f, x, y, first).items()
-    ]
+    programs = {}
+    for name, t in named.items():
+        traced = traced_attacks(extra, f, x, y, t).items()
+        programs[name] = digest(*(f"{n} {program_digest(p)}" for n, p in traced))
     shapes = ladder(batch_size, len(x), num_devices(mesh))
     model = Model(f, jnp.float32(1))
     driver = Driver(model, first, shapes, looped, mesh, key_judge[None])
@@ -176,7 +178,7 @@ def evaluate(
     task = _Task(
         driver,
         *(x, y, index, logits, predicted(logits)),
-        *(run_suite, suite_name, extra, digest(*programs), key_attacks, axes),
+        *(run_suite, suite_name, extra, programs, key_attacks, axes),
         # Beside a suite they are further attacks of the sequence.
         individual and run_suite is None,
         stop_below,
@@ -187,15 +189,19 @@ def evaluate(
     if checks != "none":
         found = _examine(task, named, checks == "full", key_checks, features_fn)
         inputs.warn(found.flags)
+    last_keys = driver.keys
     random = suite_name == "rand" or any(flag.name == "random" for flag in found.flags)
     if random:
         keys = jax.random.split(key_judge, NUM_PASSES)
         task = task._replace(driver=driver._replace(keys=keys))
+        # Draws of their own: the stages' points were chosen by fooling the others.
+        key_judge = jax.random.fold_in(key_judge, NUM_PASSES)
+        last_keys = jax.random.split(key_judge, NUM_PASSES)
     reports: dict[str, ThreatReport] = {}
     passes = []
     for name, t in named.items():
         prefix = name if len(named) > 1 else ""
-        reports[name], correct, news = _under(task, name, t, prefix)
+        reports[name], correct, news = _under(task, name, t, prefix, last_keys)
         passes.append(correct)
         skipped = task.individual or checks == "none"
         wanted = [n for n in news if not skipped or n.name == OUTSIDE]
@@ -251,6 +257,21 @@ def _check_request(
         raise ValueError(f"checks={checks!r}: choose 'default', 'full' or 'none'.")
 
 
+def _check_limits(
+    stop_below: float | None, resume: Any, named: Mapping[str, ThreatModel]
+) -> None:
+    if stop_below is not None and not 0 <= stop_below <= 1:
+        raise ValueError(f"stop_below={stop_below}: give an accuracy from 0 to 1.")
+    folders: dict[str, str] = {}
+    for name in named if resume is not None else ():
+        other = folders.setdefault(_folder(name), name)
+        if other != name:
+            raise ValueError(
+                f"threats {other!r} and {name!r} would share the folder "
+                f"{_folder(name)!r} of resume={resume}: rename one."
+            )
+
+
 def _examine(
     task: _Task,
     named: Mapping[str, ThreatModel],
@@ -287,10 +308,10 @@ def _examine(
 
 
 def _under(
-    task: _Task, name: str, t: ThreatModel, prefix: str
+    task: _Task, name: str, t: ThreatModel, prefix: str, last_keys: Key
 ) -> tuple[ThreatReport, np.ndarray, list[inputs.Flag]]:
     """Suite and own attacks under one threat: the report, the judge's verdicts
-    `[P, N]` on the last points, and what is doubtful."""
+    `[P, N]` on the last points (by `last_keys`), and what is doubtful."""
     scale = 1.0
     if task.suite_name in RESCALED:
         right = task.prediction == task.y
@@ -331,6 +352,7 @@ def _under(
             board.run(shot, everyone if task.individual else None)
     except Enough:
         notes = (f"Stopped: robust accuracy fell below {task.stop_below:g}.",)
+    board.driver = board.driver._replace(keys=last_keys)
     report, correct = last_pass(board, t, tuple(notes), task.individual)
     news = list(after(board.broken_by))
     if board.refused.any():
@@ -356,8 +378,9 @@ def _ledger(
         "y": digest(task.y[order]),
         "index": digest(task.index[order]),
         "threat": f"{t.norm} {digest(epsilon[order], t.lower, t.upper)}",
-        "suite": f"{task.suite_name} {extra} {task.axes} scale {scale:g}",
-        "attacks": task.programs,
+        "suite": f"{task.suite_name} {extra} {task.axes} scale {scale:g}"
+        + (" individual" if task.individual else ""),
+        "attacks": task.programs[name],
         "key": tree_digest(task.key),
         "rows": f"{driver.shapes}, {len(driver.keys)} judging",
         "machine": _machine(),
@@ -419,6 +442,11 @@ def _chosen(suite: Any) -> tuple[Any, str | None]:
             f"suite={suite!r} is unknown: choose {', '.join(map(repr, SUITES))}, or a "
             f"list of attacks among {', '.join(suites.ATTACKS)}."
         )
+    if not len(suite):
+        raise ValueError(
+            "suite is empty, so nothing would be attacked: name attacks, or pass "
+            "suite=None with attacks of your own."
+        )
     return suites.custom(tuple(suite)), ", ".join(suite)
 
 
@@ -445,7 +473,7 @@ def _named_attacks(attacks: Any) -> dict[str, AttackFn]:
 def _axes(image_axes: str | None, x: np.ndarray) -> str | None:
     if image_axes not in ("HWC", "CHW", None):
         raise ValueError(f"image_axes={image_axes!r}: choose 'HWC', 'CHW' or None.")
-    return image_axes if x.ndim == 4 else None
+    return image_axes if x.ndim in (3, 4) else None  # `[N, H, W]`: one channel
 
 
 def _machine() -> str:

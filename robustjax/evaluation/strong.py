@@ -36,7 +36,9 @@ def strong(board: Board) -> Sequence[str]:
     budget = suites.standard_passes(board.logits, len(first))
     notes = fast.run_fast(board, FIRST)[1:]
     masked = isinstance(board.norm, L2) and _missed(board, "ladder", len(first))
+    board.further = None  # what comes was not in the sample's attack
     if masked:
+        notes = []
         climb_again(board, PART * budget)
     suites.apgd_ce(board)
     suites.apgd_t(board)
@@ -64,7 +66,7 @@ def spent(board: Board) -> int:
 def _missed(board: Board, name: str, survivors: int) -> bool:
     """Whether a stage broke what short runs inside the ball had left."""
     broken = board.broken_by.get(name)
-    return broken is not None and broken.sum() >= fast.MASKED * survivors
+    return broken is not None and fast.misleads(int(broken.sum()), survivors)
 
 
 def climb_again(board: Board, budget: float, again: int = 0) -> None:

@@ -271,6 +271,19 @@ def _luck(heads: int, tosses: int) -> float:
     return sum(math.comb(tosses, k) for k in range(heads, tosses + 1)) / 2**tosses
 
 
+def note_opaque(chart: Chart, reason: str) -> None:
+    """The model has no gradient at all: nothing that needs one can be checked."""
+    chart.note(
+        "vanishing gradient",
+        True,
+        None,
+        f"the model cannot be differentiated ({reason}). Gradient attacks do not run "
+        "on it; score-based ones such as square do, and alone they overstate "
+        "robustness. Give what has no gradient one by bpda, or attack a surrogate.",
+    )
+    chart.skip("saturated loss", "the model cannot be differentiated")
+
+
 def look_at_slopes(
     chart: Chart,
     f: LogitsFn,
@@ -310,8 +323,9 @@ def look_at_slopes(
         f"cross-entropy's gradient underflows where the margin's does not for "
         f"{drowned.sum()} of {len(x)} examples"
         + (
-            f" (median margin {np.median(margin):.3g}): logits are too large. The "
-            "suites of evaluate rescale them; elsewhere attack with margin_loss or dlr."
+            f" (median margin {np.median(margin):.3g}): logits are too large. "
+            "suite='fast' and 'strong' rescale them; 'standard' follows its authors "
+            "and does not. Attacks of your own: margin_loss or dlr."
             if drowned.mean() > MANY
             else ""
         ),

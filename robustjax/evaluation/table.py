@@ -30,10 +30,8 @@ def render(report: "Report") -> str:
             f"average, {r['low']:.3f} to {r['high']:.3f}"
         )
     for name, t in found.items():
-        if t.further is not None:
-            at = f"{name}: more" if len(found) > 1 else "more"
-            low, high = t.further
-            lines.append(f"{at} work might still break {low:.3f} to {high:.3f} of them")
+        at = f"{name}: " if len(found) > 1 else ""
+        lines += [f"{at}{note}" for note in t.notes]
     return "\n".join(lines + [f"!! {title}: {text}" for title, text in alerts(report)])
 
 

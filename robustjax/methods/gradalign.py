@@ -105,9 +105,9 @@ def gradalign(
         near = slope(problem.x + threats.sample(threat, keys, problem.x))
         if through_clean:
             clean = slope(problem.x)
-        cosine, angle = jax.vmap(_cosine)(clean, near)
+        cosines, angle = jax.vmap(cosine)(clean, near)
         counted = angle if batch.mask is None else angle & batch.mask
-        alignment = mean_of(cosine, counted)
+        alignment = mean_of(cosines, counted)
         penalty = strength * jnp.where(
             alignment.count > 0,
             1 - alignment.total / jnp.maximum(alignment.count, 1),
@@ -121,7 +121,7 @@ def gradalign(
     return from_stages(Stages(attack, loss))
 
 
-def _cosine(a: Array, b: Array) -> tuple[Array, Array]:
+def cosine(a: Array, b: Array) -> tuple[Array, Array]:
     """Cosine of two gradients of one example, and whether there is an angle.
 
     Each is divided by its largest entry first: the squares of a confident example's

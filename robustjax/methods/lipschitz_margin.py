@@ -5,10 +5,8 @@ import math
 import jax
 
 from robustjax.losses import cross_entropy
-from robustjax.methods.base import Method, hard_labels
-from robustjax.methods.standard import standard
-from robustjax.models.base import Model
-from robustjax.types import Array
+from robustjax.methods.base import Aux, Method, from_loss, hard_labels, total_loss
+from robustjax.models.base import Model, require_model
 
 
 def lipschitz_margin(
@@ -47,11 +45,16 @@ def lipschitz_margin(
             f"radius={radius}, constant={constant}, temperature={temperature}: give a "
             "radius >= 0 and the other two above 0."
         )
+    require_model(model)
     offset = math.sqrt(2) * constant * radius
 
-    def lowered(logits: Array, y: Array) -> Array:
-        label = jax.nn.one_hot(hard_labels(y), logits.shape[-1], dtype=logits.dtype)
-        logits = (logits - offset * label) / temperature
-        return temperature * cross_entropy(logits, hard_labels(y))
+    def loss(params, extra, carry, batch, step, key):
+        logits, extra = model.apply(params, extra, batch.x, train=True, key=key)
+        y = hard_labels(batch.y)
+        label = jax.nn.one_hot(y, logits.shape[-1], dtype=logits.dtype)
+        lowered = logits - offset * label
+        values = temperature * cross_entropy(lowered / temperature, y)
+        total, metrics = total_loss(values, batch, {"accuracy": lowered})
+        return total, Aux(extra, carry, metrics)
 
-    return standard(model, outer=lowered)
+    return from_loss(loss)

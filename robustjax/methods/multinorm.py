@@ -60,7 +60,8 @@ def average(
 
     Differs from the authors' code: all passes of one update see the same weights (in
     robust_union's CIFAR-10 code each norm makes an update of its own), and the attacks
-    never move the running statistics, which theirs do.
+    use the running statistics, where theirs use those of the batch (`bn_mode="batch"`)
+    and move the running ones with every pass.
     """
     many = every_threat(attack_fn, threats, how)
     raised = raise_loss()

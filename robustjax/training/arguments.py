@@ -1,6 +1,7 @@
 """What `fit` refuses, with what to give instead, before anything is compiled."""
 
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -56,24 +57,29 @@ def check_kinds(key: Any, model: Any, method: Any, tx: Any, data: Any) -> None:
     )
 
 
-def check_labels(model: Model, weights: Any, example: Array, data: Any) -> None:
+def check_labels(
+    model: Model, weights: Any, example: Array, sets: Mapping[str, Any]
+) -> None:
     """Raise ValueError where a `Resident` set has a label without a logit.
 
     Args:
       model: what is trained.
       weights: `(params, extra)`, or their shapes.
       example: a batch's `x`, or its shape.
-      data: a set, or a function, which is not asked.
+      sets: by name, each a set or a function, which is not asked.
     """
-    if not isinstance(data, Resident):
-        return
     logits, _ = jax.eval_shape(model.apply, *weights, example)
-    largest = int(np.asarray(data.y).max())  # on the host: this may be inside a trace
-    if len(logits.shape) == 2 and largest >= logits.shape[1]:
-        raise ValueError(
-            f"data has the label {largest}, but the model has {logits.shape[1]} "
-            f"classes (0 to {logits.shape[1] - 1})."
-        )
+    if len(logits.shape) != 2:
+        return
+    for name, found in sets.items():
+        if not isinstance(found, Resident):
+            continue
+        largest = int(np.asarray(found.y).max())  # on the host: this may be in a trace
+        if largest >= logits.shape[1]:
+            raise ValueError(
+                f"{name} has the label {largest}, but the model has {logits.shape[1]} "
+                f"classes (0 to {logits.shape[1] - 1})."
+            )
 
 
 def check_floats(batch: Batch) -> None:

@@ -29,6 +29,7 @@ from robustjax.parallel import (
     check_rows,
     fetch,
     is_writer,
+    num_processes,
     place,
     put_global,
     replicated,
@@ -142,6 +143,8 @@ def fit(
       validate: `(params, extra) -> {name: number}`, called at every checkpoint; see
         `training.monitors`. A number "stop" other than 0 ends the run there, without a
         checkpoint of that step, which is the best one only if no other was validated.
+        If it raises, the step's checkpoint is saved before (in `out`, by one process),
+        and the same call goes on with validate.
       best_metric: which of its numbers chooses the best checkpoint; larger is better.
       checkpoint_every: steps between checkpoints; None: one epoch, or `num_steps`.
       out: the run's folder; None: nothing is written.
@@ -236,7 +239,9 @@ def fit(
         state = create_state(
             state_key, model, method, tx, example, ema=ema, start=start
         )
-        check_labels(model, (state.params, state.extra), example.x, data)
+        sets = {"data": data}
+        sets |= {f"streams[{n!r}]": rows for n, (rows, _) in (streams or {}).items()}
+        check_labels(model, (state.params, state.extra), example.x, sets)
         check_streams_read(method, state, example)
         return state
 
@@ -288,7 +293,8 @@ def fit(
 
     line = LiveLine(_stream(log))
     step = int(fetch(state.step))
-    progress = Progress(line, step, num_steps, per_epoch, batch_size, seconds)
+    images = batch_size + sum(rows for _, rows in (streams or {}).values())
+    progress = Progress(line, step, num_steps, per_epoch, images, seconds)
     if step:
         progress.note(f"{out}: going on from step {step} of {num_steps}")
     log_every = log_every or min(50, checkpoint_every)
@@ -303,31 +309,69 @@ def fit(
         if out is not None and is_writer():
             run_folder.append(out, row)
 
+    def save(**more: Any) -> None:
+        nonlocal remembered
+        earlier, remembered = (
+            remembered,
+            {
+                "step": step,
+                "settings": plain(settings),
+                "best": best,
+                "seconds": progress.seconds,
+                **more,
+            },
+        )
+        assert out is not None
+        run_folder.checkpoint_now(out, step, state, remembered, earlier)
+
+    def validated(weights: tuple[PyTree, PyTree]) -> dict[str, float]:
+        """What `validate` says. If it raises, the steps before it are not lost."""
+        assert validate is not None
+        try:
+            metrics = {n: float(v) for n, v in validate(*weights).items()}
+            if best_metric not in metrics:
+                raise ValueError(
+                    f"validate returned {', '.join(metrics) or 'nothing'}, without "
+                    f"the best_metric {best_metric!r}; return it, or name another."
+                )
+        except Exception as error:
+            # Of several processes one alone may have failed: it cannot save alone.
+            if out is not None and num_processes() == 1:
+                with contextlib.suppress(OSError):  # a full disc is not the news
+                    save(validated=False)
+                    error.add_note(
+                        f"The checkpoint of step {step} is in {out}; the same call "
+                        "goes on from it, with validate."
+                    )
+            raise
+        return metrics
+
+    # The last process trained to a checkpoint, and validate raised.
+    waiting = validate is not None and (remembered or {}).get("validated") is False
     noted = contextlib.nullcontext(lambda: False) if out is None else sigterm_noted()
     with noted as preempted:
-        while step < num_steps:
-            save_at = min(_next(step, checkpoint_every), num_steps)
-            stop = min(save_at, _next(step, steps_per_dispatch))
-            state = run_steps(state, step, stop, on_compile=progress.note)
-            step = stop
-            if step >= next_log or step == save_at:
-                progress.row(step, run_steps.collect(state), write)
-                next_log = _next(step, log_every)
-            else:
-                progress.show(step, run_steps.peek)
+        while step < num_steps or waiting:
+            save_at = step
+            if not waiting:
+                save_at = min(_next(step, checkpoint_every), num_steps)
+                stop = min(save_at, _next(step, steps_per_dispatch))
+                state = run_steps(state, step, stop, on_compile=progress.note)
+                step = stop
+                if step >= next_log or step == save_at:
+                    progress.row(step, run_steps.collect(state), write)
+                    next_log = _next(step, log_every)
+                else:
+                    progress.show(step, run_steps.peek)
             stopping = preempted()
             if step < save_at and not stopping:
                 continue
-            run_steps.peek()  # what is not finite is not saved
+            if not waiting:
+                run_steps.peek()  # what is not finite is not saved
+            waiting = False
             if validate is not None and step == save_at:
                 began = time.monotonic()
                 weights = whole(weights_of(state))
-                metrics = {n: float(v) for n, v in validate(*weights).items()}
-                if best_metric not in metrics:
-                    raise ValueError(
-                        f"validate returned {', '.join(metrics) or 'nothing'}, without "
-                        f"the best_metric {best_metric!r}; return it, or name another."
-                    )
+                metrics = validated(weights)
                 write({"kind": "validate", "step": step, **metrics})
                 stopped = bool(metrics.get("stop"))
                 is_best = best is None or (
@@ -343,18 +387,8 @@ def fit(
                     progress.note(f"validate asks to stop after step {step}")
                     break
             if out is not None:
-                earlier, remembered = (
-                    remembered,
-                    {
-                        "step": step,
-                        "settings": plain(settings),
-                        "best": best,
-                        "seconds": progress.seconds,
-                        # In the middle of a training row: what it has added up so far.
-                        "sums": None if step == save_at else run_steps.sums(),
-                    },
-                )
-                run_folder.checkpoint_now(out, step, state, remembered, earlier)
+                # In the middle of a training row: what it has added up so far.
+                save(sums=None if step == save_at else run_steps.sums())
                 progress.go_on()
             if stopping:
                 progress.note(

@@ -20,6 +20,7 @@ from robustjax.attacks.pgd import pgd
 from robustjax.gradients import score_and_grad
 from robustjax.losses import cross_entropy
 from robustjax.methods.base import Method
+from robustjax.methods.gradalign import cosine
 from robustjax.metrics import Mean
 from robustjax.models.base import Model, logits_fn, require_model
 from robustjax.models.compiling import convolution_options, quick_options
@@ -233,14 +234,12 @@ def smoothness(
         loss, _, slope = score_and_grad(problem, problem.x, None)
         loss_near, _, slope_near = score_and_grad(problem, near, None)
         dot = jax.vmap(lambda a, b: jnp.sum(a * b))
-        norm, norm_near = (jnp.sqrt(dot(s, s)) for s in (slope, slope_near))
-        both = norm * norm_near
-        cosine = dot(slope, slope_near) / jnp.where(both > 0, both, 1)
+        aligned, angle = jax.vmap(cosine)(slope, slope_near)
         rest = loss_near - loss - dot(near - problem.x, slope)
         return {
-            "input_gradient_norm": norm,
+            "input_gradient_norm": jnp.sqrt(dot(slope, slope)),
             "nonlinearity": jnp.abs(rest),
-            "alignment": jnp.where(both > 0, cosine, 1),
+            "alignment": jnp.where(angle, aligned, 1),
         }
 
     return _over_rows(model, threat, examples, rows, "", batch_size)

@@ -16,12 +16,12 @@ class Progress:
         step: int,
         num_steps: int,
         per_epoch: int | None,
-        batch_size: int,
+        images: int,
         seconds: float,
     ):
         self.line = line
         self.num_steps, self.per_epoch = num_steps, per_epoch
-        self.batch_size = batch_size
+        self.images = images  # per step, those of streams too
         self.seconds = seconds
         self.row_step, self.row_began = step, time.monotonic()
         self.shown = 0.0
@@ -51,7 +51,7 @@ class Progress:
         """Finish a training row."""
         passed = max(time.monotonic() - self.row_began, 1e-9)
         self.seconds += passed
-        self.rate = (step - self.row_step) * self.batch_size / passed
+        self.rate = (step - self.row_step) * self.images / passed
         write(
             {
                 "kind": "train",
@@ -71,7 +71,7 @@ class Progress:
         if self.line.stream is not None and time.monotonic() - self.shown >= 1:
             means = peek()
             passed = max(time.monotonic() - self.row_began, 1e-9)
-            self.rate = (step - self.row_step) * self.batch_size / passed
+            self.rate = (step - self.row_step) * self.images / passed
             self.line.update(self._text(step, means))
             self.shown = time.monotonic()
 
@@ -86,7 +86,7 @@ class Progress:
     def _text(self, step: int, means: Mapping[str, float]) -> str:
         epoch = f"  epoch {step / self.per_epoch:.2f}" if self.per_epoch else ""
         numbers = "".join(f"  {name} {number:.4f}" for name, number in means.items())
-        left = (self.num_steps - step) * self.batch_size
+        left = (self.num_steps - step) * self.images
         eta = duration(left / self.rate) if self.rate else "?"
         return (
             f"step {step}/{self.num_steps}{epoch}{numbers}  "

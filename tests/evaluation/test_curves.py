@@ -41,6 +41,15 @@ def test_one_minimal_norm_run_gives_the_curve():
     assert np.abs(curve.accuracy - expected.mean(1)).max() <= 0.1
 
 
+def test_a_curve_without_an_end_ends_at_the_largest_distance():
+    given = ORACLE.logits_fn, ORACLE.x, ORACLE.y
+    curve = rj.minimal_norm_curve(*given, rj.linf(np.inf), num_steps=20)
+    finite = np.isfinite(curve.distance)
+    assert finite.sum() >= 5
+    assert curve.epsilon[-1] == pytest.approx(curve.distance[finite].max())
+    assert curve.accuracy[0] == 1 and curve.accuracy[-1] == (~finite).mean()
+
+
 def test_a_sweep_agrees_where_it_looks():
     epsilons = [0.4, 0.05, 0.2]
     curve = rj.sweep_curve(

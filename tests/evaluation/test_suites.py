@@ -205,6 +205,84 @@ def test_a_ledger_of_a_closure_is_known_by_what_it_computes(tmp_path):
         evaluate(lambda x: 1.01 * NET(x), suite=("apgd-ce",), resume=tmp_path)
 
 
+def test_a_ledger_sees_what_an_own_attack_does_under_each_threat(tmp_path):
+    """It branches on the norm, and only the second branch is mended."""
+
+    def own(steps):
+        def mine(key, problem):
+            weak = isinstance(problem.threat.norm, rj.norms.L2)
+            return rj.pgd(steps if weak else 5)(key, problem)
+
+        return {"mine": mine}
+
+    threats = {"Linf": THREAT, "L2": rj.l2(0.2)}
+    few = {"x": X[:4], "y": Y[:4], "threat": threats}
+    given = {"suite": None, "resume": tmp_path, **few}
+    evaluate(attacks=own(1), **given)
+    with pytest.raises(ValueError, match="attacks"):
+        evaluate(attacks=own(20), **given)
+    with pytest.raises(ValueError, match="suite"):
+        evaluate(attacks=own(1), individual=True, **given)
+
+
+def test_own_attacks_are_traced_under_every_threat_with_a_budget_for_each_row():
+    def scalar(key, problem):
+        moved = problem.x + problem.threat.epsilon * jnp.ones(problem.x.shape)
+        return rj.Result(moved, *3 * (jnp.zeros(len(moved)) > 1,))
+
+    with pytest.raises((TypeError, ValueError)) as error:
+        evaluate(suite="standard", attacks={"scalar": scalar})
+    assert "a budget for each row" in "".join(error.value.__notes__)
+
+    def not_l1(key, problem):
+        if isinstance(problem.threat.norm, rj.norms.L1):
+            raise NotImplementedError("no L1")
+        return rj.fgsm()(key, problem)
+
+    threats = {"Linf": THREAT, "L1": rj.l1(1.0)}
+    with pytest.raises(NotImplementedError) as error:
+        evaluate(suite="standard", threat=threats, attacks={"some": not_l1})
+    assert "under L1" in "".join(error.value.__notes__)
+
+
+def test_a_model_without_gradients_is_flagged_and_square_runs(tmp_path):
+    """By a callback to the host; its ledger knows it too."""
+
+    def ask(x):
+        return np.asarray(NET(jnp.asarray(x)))
+
+    def opaque(x):
+        return jax.pure_callback(ask, jax.ShapeDtypeStruct((len(x), 4), jnp.float32), x)
+
+    given = {"suite": ("square",), "threat": rj.linf(0.3), "resume": tmp_path}
+    with pytest.warns(rj.evaluation.checks.ModelWarning, match="differentiated"):
+        report = evaluate(opaque, checks="default", **given)
+    assert [f.name for f in report.flags] == ["vanishing gradient"]
+    assert report.checks["gradient masked"]["result"] == "not run"
+    assert report.robust_accuracy < report.clean_accuracy
+    again = evaluate(opaque, **given)
+    np.testing.assert_array_equal(again.robust, report.robust)
+
+
+def test_weights_that_lie_on_one_device_go_to_all_of_a_mesh():
+    weights = jax.device_put(NET.args[0], jax.devices()[1])
+    few = {"suite": ("apgd-ce",), "batch_size": 4}
+    f = jax.tree_util.Partial(net, weights)
+    four = evaluate(f, mesh=data_mesh(jax.devices()[:4]), **few)
+    np.testing.assert_array_equal(four.robust, evaluate(**few).robust)
+
+
+def test_images_of_one_channel_may_come_without_it():
+    given = {"suite": ("square",), "threat": rj.linf(0.03), "y": Y[:4]}
+    whole, flat = (evaluate(x=x[:4], **given) for x in (X, X[..., 0]))
+    assert whole.config["image_axes"] == flat.config["image_axes"] == "HWC"
+    np.testing.assert_array_equal(whole.robust, flat.robust)
+    np.testing.assert_array_equal(
+        whole.threats["threat"].x_adv[..., 0], flat.threats["threat"].x_adv
+    )
+    assert runner._axes("HWC", X.reshape(COUNT, 36)) is None
+
+
 def test_a_ledger_sees_constants_inside_an_inner_jit(tmp_path):
     def towards(size):
         there = np.full(X.shape[1:], size, np.float32)
@@ -355,6 +433,7 @@ def test_stop_below_ends_early():
     report = evaluate(suite="standard", stop_below=0.99, threat=rj.linf(0.5))
     assert list(report.threats["threat"].broken_by) == ["apgd-ce"]
     assert "fell below" in report.threats["threat"].notes[0]
+    assert "Stopped: robust accuracy fell below 0.99." in str(report)
 
 
 def test_two_and_three_classes():
@@ -389,6 +468,19 @@ def test_bad_arguments_say_the_fix():
         evaluate(checks="all")
     with pytest.raises(TypeError, match="pass a list"):
         evaluate(attacks=rj.pgd(5))
+    for empty in ((), []):
+        with pytest.raises(ValueError, match="suite is empty, so nothing would"):
+            evaluate(suite=empty, attacks=[rj.pgd(5)])
+    for percent in (30, -3, float("nan")):
+        with pytest.raises(ValueError, match="stop_below=.*from 0 to 1"):
+            evaluate(suite="standard", stop_below=percent)
+
+
+def test_threats_of_one_folder_are_refused_before_anything_runs(tmp_path):
+    threats = {"L2 1": rj.l2(0.1), "L2_1": rj.l2(0.2)}
+    with pytest.raises(ValueError, match="'L2 1' and 'L2_1' would share the folder"):
+        evaluate(threat=threats, suite=("apgd-ce",), resume=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_random_models_are_judged_over_passes():
@@ -400,6 +492,32 @@ def test_random_models_are_judged_over_passes():
     low, high = report.randomized["low"], report.randomized["high"]
     assert low < report.randomized["robust_accuracy_mean"] < high
     assert abs(report.randomized["robust_accuracy_mean"] - report.robust_accuracy) < 0.3
+
+
+def test_random_models_are_counted_on_draws_that_no_attack_has_seen(monkeypatch):
+    """Who was chosen for fooling ten draws fools those more often than others."""
+    seen = []
+    judged = judge.judge
+
+    def watched(driver, *rows):
+        seen.append(np.asarray(jax.random.key_data(driver.keys)))
+        return judged(driver, *rows)
+
+    def noisy(x, key):
+        return NET(x) + 0.3 * jax.random.normal(key, (x.shape[0], 4))
+
+    run = runner.suites.ATTACKS["apgd-ce"]
+    monkeypatch.setattr("robustjax.evaluation.last_pass.judge", watched)
+
+    def suite(board):
+        seen.append(np.asarray(jax.random.key_data(board.driver.keys)))
+        run(board)
+
+    monkeypatch.setitem(runner.SUITES, "rand", suite)
+    evaluate(noisy, suite="rand", batch_size=24)
+    during, last = seen
+    assert len(during) == len(last) == runner.NUM_PASSES
+    assert not {tuple(k) for k in during} & {tuple(k) for k in last}
 
 
 @pytest.mark.parametrize("epsilon", [1e-7, 100.0])
@@ -415,6 +533,28 @@ def test_fast_says_what_it_left_out(epsilon, monkeypatch):
     monkeypatch.setattr(fast, "ladder", lambda board, rounds: True)
     told, targets = note()
     assert "gradients mislead" in told and "leaves out FAB" in told and not targets
+
+
+def test_where_gradients_mislead_a_sample_says_what_ladders_would_still_break(
+    monkeypatch,
+):
+    monkeypatch.setattr(fast, "ladder", lambda board, rounds: True)
+    climbed = []
+
+    def round_of(board, places, kind, label):
+        climbed.append(kind)
+        board.alive[places[:1]] = False  # one falls in each round
+        return 1
+
+    monkeypatch.setattr(fast, "round_of", round_of)
+    found = evaluate(suite="fast", threat=rj.l2(1e-6)).threats["threat"]
+    assert climbed == list("obnb")
+    low, high = found.further
+    assert 0 <= low < high <= 1
+    # Of 24 survivors four are the sample, which falls: of the other 20 most would.
+    assert "broke 4 of 4 sampled" in found.notes[1]
+    assert high == pytest.approx(20 / 24) and low > 0.4
+    assert f"{low:.1%} to {high:.1%} of all" in found.notes[1]
 
 
 def test_the_floor_of_small_sets():

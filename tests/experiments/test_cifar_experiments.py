@@ -403,6 +403,7 @@ def test_generated_images_join_every_batch(source, tmp_path, capsys, monkeypatch
         image = np.zeros((40, 32, 32, 3), np.uint8)
         np.savez(path, image=image, label=np.arange(40) % 10)
     changes = {"generated": path, "num_held_back": 30, "monitors": False}
+    changes["teacher_epochs"] = 1
     config = tiny(generated_data_cifar, tmp_path, **changes)
     more = generated_data_cifar.main(config)
     assert (tmp_path / "run" / "checkpoints" / "step_00000003").is_dir()
@@ -429,6 +430,34 @@ def test_absent_or_foreign_generated_images_are_refused(tmp_path):
     np.savez(path, image=np.zeros((3, 8, 8, 3)), label=np.zeros(3))
     with pytest.raises(ValueError, match="not uint8 32x32x3"):
         generated_data_cifar.read(str(path))
+    image = np.full((3, 32, 32, 3), 200, np.uint8)
+    np.savez(path, image=image, label=np.array([1, 2, 77]))
+    with pytest.raises(ValueError, match="label goes to 77"):
+        generated_data_cifar.read(str(path))
+
+
+@pytest.mark.parametrize(
+    ("module", "changes", "message"),
+    [
+        (generated_data_cifar, {"machine": Machine(4)}, "batch_size 5 cannot"),
+        (generated_data_cifar, {"attack_steps": 0}, "num_steps"),
+        (generated_data_cifar, {"smoothing": 1.0}, "smoothing"),
+        (hat_cifar, {"attack_steps": 0}, "num_steps"),
+        (hat_cifar, {"num_attacked": 0}, "num_attacked is 0"),
+    ],
+)
+def test_mistakes_raise_before_the_helper_is_trained(
+    module, changes, message, tmp_path, capsys
+):
+    write_images(tmp_path, "cifar10", (32, 32, 3))
+    if module is generated_data_cifar:
+        mixed = {"generated": "self", "fraction": 0.5, "batch_size": 10}
+        changes = {"num_held_back": 30, **mixed, **changes}
+    config = tiny(module, tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        module.main(config)
+    assert not (tmp_path / "run").exists()
+    capsys.readouterr()
 
 
 @pytest.mark.slow
@@ -436,7 +465,7 @@ def test_absent_or_foreign_generated_images_are_refused(tmp_path):
 def test_the_helper_is_trained_once(tmp_path, capsys, monkeypatch):
     write_images(tmp_path, "cifar10", (32, 32, 3))
     monkeypatch.setattr(common, "measure", lambda *given, more, **rest: more)
-    config = tiny(hat_cifar, tmp_path, monitors=False)
+    config = tiny(hat_cifar, tmp_path, monitors=False, helper_epochs=1)
     hat_cifar.main(config)
     helper = tmp_path / "run" / "helper"
     rows = (helper / "metrics.jsonl").read_text()

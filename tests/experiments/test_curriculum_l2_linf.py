@@ -40,6 +40,20 @@ def test_an_interval_over_three_seeds_is_students():
     assert found["high"] - found["low"] == pytest.approx(2 * half)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": (0,)}, r"seeds=\(0,\); give 2 to 5"),
+        ({"seeds": (0, 0)}, "different"),
+        ({"ways": ("ramp",)}, "give Linf"),
+        ({"epsilons": ()}, "epsilons is empty"),
+    ],
+)
+def test_what_cannot_be_summarized_is_not_trained(changes, message):
+    with pytest.raises(ValueError, match=message):
+        experiment.main(experiment.Config(**changes))
+
+
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_tiny_run_writes_everything(tmp_path):
     config = experiment.Config(

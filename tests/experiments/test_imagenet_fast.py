@@ -37,6 +37,24 @@ def write_folder(root, per_class=6):
     (root / "train" / "ant" / "readme.txt").write_text("no image")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"crops": (32, 48)}, r"crops=\(32, 48\).*one per phase"),
+        ({"ends": (6, 12)}, "one per phase"),
+        ({"ends": (6, 12, 15, 18)}, "one per phase"),
+        ({"ends": (6, 6, 15)}, r"ends=\(6, 6, 15\).*rise"),
+        ({"rise": 6.0}, "rise=6.0"),
+        ({"num_watched": 0}, "num_watched=0"),
+        ({"batch_sizes": (32, 16, 15), "machine": Machine(2)}, "batch_size 15"),
+    ],
+)
+def test_a_later_phase_is_checked_before_the_first(changes, message):
+    config = dataclasses.replace(imagenet_fast.PRESETS["small"], **changes)
+    with pytest.raises(ValueError, match=message):
+        imagenet_fast.main(config)
+
+
 def test_some_images_are_spread_over_the_classes(tmp_path):
     write_folder(tmp_path)
     x, y = some_images(str(tmp_path), "train", 16, 6)

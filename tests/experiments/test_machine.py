@@ -40,6 +40,10 @@ def test_devices_are_those_that_can_share_a_batch():
     assert machine.mesh(Machine(), 50).size == 2
     assert machine.mesh(Machine(microbatches=2), 12).size == 3
     assert machine.mesh(Machine(num_devices=1), 7).size == 1
+    assert machine.mesh(Machine(), 10, 22).size == 2
+    assert machine.mesh(Machine(microbatches=2), 20, 44).size == 2
+    with pytest.raises(ValueError, match="22 cannot be shared by 4 devices"):
+        machine.mesh(Machine(num_devices=4), 12, 22)
     with pytest.raises(ValueError, match="50 .* 4 devices .* multiple of 4"):
         machine.mesh(Machine(num_devices=4), 50)
     with pytest.raises(ValueError, match="7 .* microbatches=2.* multiple of 2"):
@@ -87,9 +91,13 @@ def test_a_run_goes_on_on_another_machine(tmp_path):
         machine=Machine(num_devices=4, shard_params=True, microbatches=2),
     )
     results = madry_mnist.main(config)
+    with pytest.raises(ValueError, match="dtype = 'float32'"):
+        other = Machine(1, dtype="bfloat16", microbatches=2)
+        madry_mnist.main(dataclasses.replace(config, machine=other))
     again = madry_mnist.main(
-        dataclasses.replace(config, machine=Machine(1, dtype="bfloat16"))
+        dataclasses.replace(config, machine=Machine(1, microbatches=2))
     )
+    assert results["config"] == config and results["last"]["step"] == 3
     assert again["checkpoint"]["step"] == results["checkpoint"]["step"] == 3
     starts = json.loads((tmp_path / "run" / "provenance.json").read_text())["starts"]
     assert [start["at_step"] for start in starts] == [0, 3]

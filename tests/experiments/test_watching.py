@@ -54,6 +54,17 @@ def test_a_single_step_method_is_watched_for_collapse():
     }
 
 
+def test_nothing_to_watch_is_refused_at_once():
+    for name in ("num_attacked", "num_monitored"):
+        with pytest.raises(ValueError, match=f"{name} is 0; give 1 or more"):
+            watched(**{name: 0})
+    with pytest.raises(ValueError, match=r"0 held-out and 8 .*num_validation"):
+        watching.watch(
+            *(MODEL, rj.linf(0.1), examples(0.1, 0), examples(0.1)),
+            **{"num_attacked": 8, "num_monitored": 4},
+        )
+
+
 def test_of_several_threats_robust_is_who_withstands_every_one():
     threats = {"small": rj.linf(0.01), "large": rj.linf(0.1)}
     found = watched(threats)

@@ -105,6 +105,27 @@ def test_the_margin_loss_is_its_formula():
     np.testing.assert_allclose(found.total / found.count, loss.mean(), rtol=1e-5)
 
 
+def test_the_margin_loss_counts_who_is_certified_at_its_radius():
+    """Of a linear net on the plane, whose constant is 1, by margins in float64."""
+    model = models.mlp((), 2)
+    x = jnp.linspace(0, 1, 41)[:, None] * jnp.ones((1, 2))
+    params, extra = model.init(jax.random.key(0), x)
+    unit = np.array([[1, -1], [1, -1]]) / 2
+    params = jax.tree.map(
+        lambda a: unit if a.ndim == 2 else a + np.array([-0.5, 0.5]), params
+    )
+    y = jnp.zeros(41, int)
+    batch = Batch(x, y, jnp.arange(41), jnp.ones(41, bool))
+    z = np.asarray(models.logits_fn(model, params, extra)(x), np.float64)
+    for radius in (0.0, 0.2):
+        method = lipschitz_margin(model, radius)
+        _, aux = method.grads(params, extra, (), batch, 0, jax.random.key(0))
+        certified = (z[:, 0] - z[:, 1]) / np.sqrt(2) > radius - 1e-6
+        found = aux.metrics["accuracy"]
+        assert found.total / found.count == certified.mean()
+    assert 0 < certified.mean() < 0.5
+
+
 @pytest.mark.parametrize(
     "change", [{"radius": -0.1}, {"constant": 0.0}, {"temperature": 0.0}]
 )

@@ -13,6 +13,7 @@ import pytest
 from robustjax.data.resident import batch_at, resident, take, to_float
 from robustjax.methods.base import Aux, from_loss
 from robustjax.methods.free import free
+from robustjax.methods.generated import with_stream
 from robustjax.methods.hat import hat
 from robustjax.methods.madry import madry, one_step
 from robustjax.methods.standard import standard
@@ -105,6 +106,34 @@ def test_resumed_is_as_unbroken(train, model, tmp_path, per_dispatch):
     assert timeless(unbroken.history) == timeless(resumed.history)
     starts = json.loads((out / "provenance.json").read_text())["starts"]
     assert [start["at_step"] for start in starts] == [0, 8]
+
+
+@pytest.mark.parametrize("at", [4, 8, 12])
+def test_what_was_learned_is_kept_where_validate_raises(train, tmp_path, at):
+    asked = []
+
+    def mistaken(params, extra):
+        asked.append(float(extra["passes"]))
+        if asked[-1] == at:
+            raise KeyError("a mistake")
+        return rising_then_falling(params, extra)
+
+    unbroken = train(out=tmp_path / "unbroken", validate=rising_then_falling)
+    out = tmp_path / "run"
+    for _ in range(2):  # the same mistake again
+        with pytest.raises(KeyError, match="a mistake") as error:
+            train(out=out, validate=mistaken)
+        assert f"The checkpoint of step {at} is in" in error.value.__notes__[0]
+        assert checkpoint.steps(out / "checkpoints")[-1] == at
+    with pytest.raises(ValueError, match=r"without the best_metric") as error:
+        train(out=out, validate=lambda params, extra: {"accuracy": 1.0})
+    assert asked == [*range(4, at + 1, 4), at]
+    resumed = train(out=out, validate=rising_then_falling)
+    assert same(unbroken.state, resumed.state) and same(unbroken.params, resumed.params)
+    assert unbroken.metrics == resumed.metrics
+    assert timeless(unbroken.history) == timeless(resumed.history)
+    folders = (tmp_path / "unbroken" / "checkpoints", out / "checkpoints")
+    assert set(checkpoint.steps(folders[1])) <= set(checkpoint.steps(folders[0]))
 
 
 def test_how_steps_are_dispatched_does_not_matter(train):
@@ -468,6 +497,20 @@ def test_streams_reach_the_method_and_resume(tmp_path, train, model, data):
     other = {**settings, "streams": {"more": (more, 8)}}
     with pytest.raises(ValueError, match="rows"):
         train(**other, out=tmp_path)
+
+
+def test_labels_of_streams_need_a_logit(train, model, data):
+    strange = data._replace(y=data.y.at[3].set(77))
+    method = with_stream(standard(model), "more")
+    with pytest.raises(ValueError, match=r"streams\['more'\] has the label 77"):
+        train(method=method, streams={"more": (strange, 4)})
+
+
+def test_images_per_second_are_those_of_streams_too(train, model, data, tmp_path):
+    settings = {"method": with_stream(standard(model), "more"), "num_steps": 4}
+    found = train(streams={"more": (data, 48)}, out=tmp_path, **settings)
+    row = found.history[0]
+    assert row["images_per_second"] == pytest.approx(64 * 4 / row["seconds"], rel=0.01)
 
 
 def test_streams_that_nobody_reads_are_refused(train, data):

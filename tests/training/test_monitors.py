@@ -90,6 +90,9 @@ def test_smoothness():
     assert other["nonlinearity"] > 0.1 and other["alignment"] < 0.9
     flat = monitors.smoothness(LINEAR, linf(0.1), (x, y))({"w": jnp.zeros((6, 2))}, {})
     assert flat["alignment"] == 1 and flat["input_gradient_norm"] == 0
+    # A confident net's gradients, 1e-26 here, have squares that are 0 in float32.
+    sure = {"good": jnp.array(30.0), "lure": jnp.array(1.0)}
+    assert monitors.smoothness(MASKED, linf(0.04), points)(sure, {})["alignment"] < 0.9
 
 
 def collapsed_params():
