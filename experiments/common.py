@@ -30,7 +30,13 @@ SHAPES = {
     "fashion_mnist": (28, 28, 1),
     "cifar10": (32, 32, 3),
 }
-NETS = ("small_cnn", "madry_mnist", "preact_resnet18", "resnet18", "wide_resnet")
+NETS: dict[str, Callable[..., models.Model]] = {
+    "small_cnn": models.small_cnn,
+    "madry_mnist": models.madry_mnist,
+    "preact_resnet18": models.preact_resnet18,
+    "resnet18": models.resnet18,
+    "wide_resnet": models.wide_resnet,
+}
 
 # What a config says beside how the weights come about; may differ on resume.
 NOT_TRAINING = (
@@ -174,22 +180,20 @@ def build_model(
     mean, std = (0.0,), (1.0,)
     if dataset == "cifar10":
         mean, std = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
-    blocks = name in ("preact_resnet18", "wide_resnet")
-    more = {"mean": mean, "std": std, **machine.net_options(on, blocks)}
-    if name in ("preact_resnet18", "resnet18", "wide_resnet"):
-        more["momentum"] = bn_momentum
-    if name == "preact_resnet18":
-        more |= {"width": width or 16, "activation": activation}
-        found = models.preact_resnet18(num_classes, **more)
-    elif name == "resnet18":
-        found = models.resnet18(num_classes, width=width or 64, **more)
-    elif name == "wide_resnet":
-        sizes = depth or 34, width or 10, num_classes
-        found = models.wide_resnet(*sizes, activation=activation, **more)
-    else:
-        nets = {"madry_mnist": models.madry_mnist, "small_cnn": models.small_cnn}
-        found = nets[name](num_classes, **more)
-    return machine.net(on, found)
+    own: dict[str, Any] = {
+        "preact_resnet18": {"width": width or 16, "activation": activation},
+        "resnet18": {"width": width or 64},
+        "wide_resnet": {
+            "depth": depth or 34,
+            "widen_factor": width or 10,
+            "activation": activation,
+        },
+    }.get(name, {})
+    if own:  # the nets with BatchNorm
+        own["momentum"] = bn_momentum
+    blocks = "activation" in own
+    shared = {"mean": mean, "std": std, **machine.net_options(on, blocks)}
+    return machine.net(on, NETS[name](num_classes=num_classes, **own, **shared))
 
 
 def labeled(f: rj.LogitsFn, rows: data.Resident) -> data.Resident:
