@@ -27,6 +27,26 @@ hypothesis.settings.load_profile("robustjax")
 MAPS = Path("/proc/self/maps")
 
 
+def without_polish():
+    """LLVM takes half of the time to compile; what XLA makes of a program stays."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def quick_compilation():
+    """For tests that run few steps of many programs."""
+    yield from without_polish()
+
+
+@pytest.fixture(scope="module")
+def quickly_compiled():
+    """For modules of such tests."""
+    yield from without_polish()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
     """Compiled programs are memory maps, and Linux gives a process 65,530 of them:

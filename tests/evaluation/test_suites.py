@@ -23,11 +23,8 @@ COUNT = 24
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
+def quickly(quickly_compiled):
     """Compiling is what takes the time here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def net(weights, x, key=None):

@@ -2,17 +2,9 @@
 
 import json
 
-import jax
 import pytest
 
 from experiments import ball_of_stability
-
-
-@pytest.fixture
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def read(folder):

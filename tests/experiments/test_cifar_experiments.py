@@ -29,9 +29,7 @@ from experiments import (
 from experiments.machine import Machine
 from robustjax import models
 from robustjax.types import Batch
-from tests.experiments.test_experiments import quick_compilation, write_images
-
-__all__ = ["quick_compilation"]
+from tests.experiments.test_experiments import write_images
 
 MODULES = [
     *(fast_cifar, nfgsm_cifar, gradalign_cifar, free_cifar),

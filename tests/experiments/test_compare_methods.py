@@ -18,13 +18,6 @@ TINY = {"num_train": 32, "num_test": 8, "num_monitored": 4, "batch_size": 16}
 
 
 @pytest.fixture
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
 def quick_evaluation(monkeypatch):
     """APGD alone, in place of the fast suite, whose programs take 6 s to compile."""
 

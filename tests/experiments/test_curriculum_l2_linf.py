@@ -1,6 +1,5 @@
 """experiments.curriculum_l2_linf: its arithmetic, a tiny run, and what it claims."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,13 +8,6 @@ from experiments import curriculum_l2_linf as experiment
 from robustjax.norms import L2, Linf
 from robustjax.threats import size
 from tests.experiments import schema
-
-
-@pytest.fixture
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_every_way_ends_with_linf_and_begins_as_it_says():

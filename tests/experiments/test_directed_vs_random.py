@@ -11,13 +11,6 @@ from experiments import directed_vs_random as experiment
 from tests.experiments import schema
 
 
-@pytest.fixture
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.parametrize("name", experiment.NOISES)
 def test_the_constant_of_a_noise_is_the_spread_of_a_coordinate(name):
     _, sample, constant = experiment.NOISES[name]

@@ -2,18 +2,10 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
 from experiments import duel
-
-
-@pytest.fixture
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.usefixtures("quick_compilation")

@@ -27,14 +27,6 @@ TINY |= {f"num_{images}": 20 for images in ("validation", "attacked", "monitored
 KINDS = ("train", "validate")
 
 
-@pytest.fixture
-def quick_compilation():
-    """These tests run few steps of many programs: compile them without polish."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def write_images(folder, name, shape, num_train=100, num_test=12):
     """Random images whose mean tells the class: enough to run, nothing to learn."""
     rng = np.random.default_rng(0)

@@ -11,13 +11,6 @@ from experiments import gradient_map as experiment
 from tests.experiments import schema
 
 
-@pytest.fixture
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def test_a_linear_net_is_measured_as_the_formulas_say():
     rng = np.random.default_rng(0)
     w = rng.normal(size=(16, 2)).astype(np.float32)

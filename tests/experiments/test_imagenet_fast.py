@@ -14,9 +14,6 @@ from robustjax import models
 from robustjax.training.loop import FitResult
 from robustjax.training.state import TrainState
 from robustjax.types import Batch
-from tests.experiments.test_experiments import quick_compilation
-
-__all__ = ["quick_compilation"]
 
 Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
 CLASSES = ("ant", "bee", "cat")

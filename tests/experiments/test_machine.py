@@ -13,9 +13,7 @@ from experiments.machine import Machine
 from robustjax import models
 from robustjax.methods.madry import madry
 from robustjax.threats import linf
-from tests.experiments.test_experiments import quick_compilation, write_images
-
-__all__ = ["quick_compilation"]
+from tests.experiments.test_experiments import write_images
 
 
 @pytest.mark.parametrize("module", [madry_mnist, madry_cifar, nfgsm_cifar, evaluate])

@@ -8,10 +8,7 @@ import pytest
 
 from experiments import madry_vit
 from experiments.machine import Machine
-from tests.experiments.test_experiments import quick_compilation
 from tests.experiments.test_imagenet_fast import write_folder
-
-__all__ = ["quick_compilation"]
 
 
 def test_the_base_preset_is_vit_b_16():

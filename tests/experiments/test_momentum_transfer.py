@@ -3,20 +3,12 @@
 import dataclasses
 import os
 
-import jax
 import numpy as np
 import pytest
 
 from experiments import common, momentum_transfer
 from robustjax.evaluation.transfer import TransferMatrix
 from tests.experiments import schema
-
-
-@pytest.fixture
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.usefixtures("quick_compilation")

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -12,13 +11,6 @@ TINY = dict(
     num_train=64, num_test=8, num_epochs=1, num_points=3, gap_steps=5, test_steps=2,
     train_epsilons=(0.1,), train_steps=1, differences=(1.0,),
 )  # fmt: skip
-
-
-@pytest.fixture
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.usefixtures("quick_compilation")
