@@ -29,7 +29,7 @@ MAPS = Path("/proc/self/maps")
 
 def without_polish():
     """LLVM takes half of the time to compile; what XLA makes of a program stays."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
