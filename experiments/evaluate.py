@@ -145,7 +145,8 @@ def _nets_in(run: str | Path) -> str:
     return f"; in {run} there are {', '.join(found)}" if found else ""
 
 
-ASKED = ("which", "seed", "attacks", "num_steps", "num_restarts", "batch_size")
+ASKED = ("which", "net", "seed", "attacks", "num_steps", "num_restarts", "batch_size")
+ON = ("dtype", "num_devices")
 
 
 def asked(config: Config, count: int, budgets: tuple[str, ...]) -> str:
@@ -155,12 +156,14 @@ def asked(config: Config, count: int, budgets: tuple[str, ...]) -> str:
     'fast_100_8of255_0.5_seed_1'
     """
     parts = [str(config.suite), str(count), *budgets]
-    for name in ASKED:
-        value, usual = getattr(config, name), getattr(Config, name, None)
-        if value != usual:
+    given = {name: (getattr(config, name), getattr(Config, name)) for name in ASKED}
+    on, usual = config.machine, machine.HERE
+    given |= {name: (getattr(on, name), getattr(usual, name)) for name in ON}
+    for name, (value, default) in given.items():
+        if value != default:
             texts = value if isinstance(value, tuple) else (value,)
             parts += [name, *map(str, texts)]
-    return "_".join(parts).replace("/", "of")
+    return "_".join(parts).replace("/", "of").replace(":", "_")
 
 
 def main(config: Config) -> dict[str, Any]:

@@ -73,9 +73,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def keep_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Drop the rows after `last_step`, which will be written again; return the rest."""
-    rows = [row for row in read_rows(path) if row["step"] <= last_step]
+def keep_rows(
+    path: Path, last_step: int, validated: bool = True
+) -> list[dict[str, Any]]:
+    """Drop the rows after `last_step`, and what validation said of it where that comes
+    again (`validated` False): they will be written again. Return the rest."""
+
+    def kept(row: dict[str, Any]) -> bool:
+        again = not validated and row.get("kind") == "validate"
+        return row["step"] < last_step + (not again)
+
+    rows = [row for row in read_rows(path) if kept(row)]
     temporary = path.with_name(path.name + ".saving")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(temporary, path)

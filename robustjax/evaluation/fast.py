@@ -70,11 +70,11 @@ GRAIN = 1.0
 
 def fast(board: Board) -> Sequence[str]:
     """The suite; returns its notes."""
-    return run_fast(board, Budget())
+    return run_fast(board, Budget())[1]
 
 
-def run_fast(board: Board, budget: Budget) -> list[str]:
-    """`fast` with other constants."""
+def run_fast(board: Board, budget: Budget) -> tuple[bool, list[str]]:
+    """`fast` with other constants: whether gradients mislead (L2), and its notes."""
     floor = small_floor(len(board.survivors()))
     run(board, "apgd-ce", "cross_entropy", budget.steps)
     run(board, "apgd-margin", "margin", budget.steps, start="near")
@@ -93,7 +93,7 @@ def run_fast(board: Board, budget: Budget) -> list[str]:
         targeted(board, budget.last[0], floor, count, budget.last[1], "2")
     notes = [LEFT_OUT_MASKED if masked else LEFT_OUT]
     count = min(budget.sentinels, max(4, len(board.alive) // 25))
-    return notes + (climb_sample if masked else sentinel)(board, count)
+    return masked, notes + (climb_sample if masked else sentinel)(board, count)
 
 
 def small_floor(survivors: int) -> int:
@@ -315,7 +315,7 @@ def climb_sample(board: Board, count: int) -> list[str]:
         if len(left):
             round_of(board, left, kind, f"sentinel ladder {kind}")
     broken = int((~board.alive[sample]).sum())
-    share = (len(places) - broken) / len(board.alive)
+    share = (len(places) - len(sample)) / len(board.alive)  # the sample has had them
     low, high = (share * part for part in wilson(broken, len(sample)))
     board.further = (low, high)
     return [

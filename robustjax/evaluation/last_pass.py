@@ -11,23 +11,34 @@ from robustjax.evaluation.board import Board
 from robustjax.evaluation.judge import judge
 from robustjax.evaluation.report import StageCost, ThreatReport
 from robustjax.threats import ThreatModel
+from robustjax.types import Key
 
 
 def last_pass(
-    board: Board, threat: ThreatModel, notes: tuple[str, ...], individual: bool
+    board: Board,
+    threat: ThreatModel,
+    notes: tuple[str, ...],
+    individual: bool,
+    fresh_keys: Key | None = None,
 ) -> tuple[ThreatReport, np.ndarray]:
     """The last pass over all points, and the threat's report.
 
-    Returns also `[P, N]`, who is right there, pass by pass; who was not without an
-    attack counts as wrong in all, since nothing attacked it.
+    Of a random model (`fresh_keys`) it has draws of its own, which change no verdict of
+    the stages. Returns also `[P, N]`, who is right there, pass by pass; who was not
+    without an attack counts as wrong in all, since nothing attacked it.
     """
     order = board.ordered(np.arange(len(board.y)))
+    driver = board.driver
+    if fresh_keys is not None:
+        driver = driver._replace(keys=fresh_keys)
     verdict = judge(
-        board.driver,
+        driver,
         *(a[order] for a in (board.x, board.y, board.epsilon, board.x_adv)),
     )
     back = np.argsort(order, kind="stable")
     wrong, prediction = verdict.wrong[back], verdict.prediction[back]
+    if fresh_keys is not None:
+        wrong = ~board.alive
     # What the last pass finds wrong is broken, whatever the stages said of it.
     late = board.alive & wrong
     if late.any():

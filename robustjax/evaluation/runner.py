@@ -27,6 +27,7 @@ from robustjax.evaluation.ledger import Ledger, code_digest, model_digest
 from robustjax.evaluation.live import Live
 from robustjax.evaluation.prepare import (
     clean_logits,
+    no_gradient,
     of_rows,
     predicted,
     prepare_model,
@@ -189,19 +190,19 @@ def evaluate(
     if checks != "none":
         found = _examine(task, named, checks == "full", key_checks, features_fn)
         inputs.warn(found.flags)
-    last_keys = driver.keys
+    fresh_keys = None
     random = suite_name == "rand" or any(flag.name == "random" for flag in found.flags)
     if random:
         keys = jax.random.split(key_judge, NUM_PASSES)
         task = task._replace(driver=driver._replace(keys=keys))
         # Draws of their own: the stages' points were chosen by fooling the others.
         key_judge = jax.random.fold_in(key_judge, NUM_PASSES)
-        last_keys = jax.random.split(key_judge, NUM_PASSES)
+        fresh_keys = jax.random.split(key_judge, NUM_PASSES)
     reports: dict[str, ThreatReport] = {}
     passes = []
     for name, t in named.items():
         prefix = name if len(named) > 1 else ""
-        reports[name], correct, news = _under(task, name, t, prefix, last_keys)
+        reports[name], correct, news = _under(task, name, t, prefix, fresh_keys)
         passes.append(correct)
         skipped = task.individual or checks == "none"
         wanted = [n for n in news if not skipped or n.name == OUTSIDE]
@@ -295,7 +296,11 @@ def _examine(
         found = found._replace(passes=found.passes + diagnosis.passes)
         prefix = f"{name}: " if len(named) > 1 else ""
         seen, raised = dict(diagnosis.checks), list(diagnosis.flags)
-        if full:
+        if full and features_fn is None and no_gradient(f, task.x[:1]) is not None:
+            reason = "the model cannot be differentiated"
+            skipped = {"result": "not run", "value": None, "message": reason}
+            seen["binarization test"] = skipped
+        elif full:
             seen["binarization test"], more = binarization(
                 f, task.x, t, task.index, key, features_fn
             )
@@ -308,10 +313,10 @@ def _examine(
 
 
 def _under(
-    task: _Task, name: str, t: ThreatModel, prefix: str, last_keys: Key
+    task: _Task, name: str, t: ThreatModel, prefix: str, fresh_keys: Key | None
 ) -> tuple[ThreatReport, np.ndarray, list[inputs.Flag]]:
     """Suite and own attacks under one threat: the report, the judge's verdicts
-    `[P, N]` on the last points (by `last_keys`), and what is doubtful."""
+    `[P, N]` on the last points, and what is doubtful."""
     scale = 1.0
     if task.suite_name in RESCALED:
         right = task.prediction == task.y
@@ -352,8 +357,7 @@ def _under(
             board.run(shot, everyone if task.individual else None)
     except Enough:
         notes = (f"Stopped: robust accuracy fell below {task.stop_below:g}.",)
-    board.driver = board.driver._replace(keys=last_keys)
-    report, correct = last_pass(board, t, tuple(notes), task.individual)
+    report, correct = last_pass(board, t, tuple(notes), task.individual, fresh_keys)
     news = list(after(board.broken_by))
     if board.refused.any():
         message = (

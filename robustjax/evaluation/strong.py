@@ -13,7 +13,6 @@ import numpy as np
 
 from robustjax.evaluation import fast, suites
 from robustjax.evaluation.board import Board
-from robustjax.norms import L2
 
 FIRST = fast.Budget(
     steps=30,
@@ -34,11 +33,9 @@ def strong(board: Board) -> Sequence[str]:
     """The suite; returns its notes."""
     first = np.flatnonzero(board.alive)
     budget = suites.standard_passes(board.logits, len(first))
-    notes = fast.run_fast(board, FIRST)[1:]
-    masked = isinstance(board.norm, L2) and _missed(board, "ladder", len(first))
+    masked, _ = fast.run_fast(board, FIRST)
     board.further = None  # what comes was not in the sample's attack
     if masked:
-        notes = []
         climb_again(board, PART * budget)
     suites.apgd_ce(board)
     suites.apgd_t(board)
@@ -52,21 +49,14 @@ def strong(board: Board) -> Sequence[str]:
             places = board.bottom(0.15, 12)
             fast.square_start(board, places, 1000, 60, f"apgd+square strong {number}")
     share = "everybody" if masked else f"the {fraction:.0%} of smallest margin"
-    notes.append(
-        f"strong runs FAB on {share} and Square on the {BOTTOM:.0%} of smallest margin."
-    )
-    return notes
+    return [
+        f"strong runs FAB on {share}, Square on the {BOTTOM:.0%} of smallest margin."
+    ]
 
 
 def spent(board: Board) -> int:
     """Counted passes so far, forward and backward."""
     return sum(c.passes.forward + c.passes.backward for c in board.costs.values())
-
-
-def _missed(board: Board, name: str, survivors: int) -> bool:
-    """Whether a stage broke what short runs inside the ball had left."""
-    broken = board.broken_by.get(name)
-    return broken is not None and fast.misleads(int(broken.sum()), survivors)
 
 
 def climb_again(board: Board, budget: float, again: int = 0) -> None:

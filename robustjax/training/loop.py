@@ -48,6 +48,7 @@ from robustjax.training.arguments import (
     length,
 )
 from robustjax.training.dispatch import Dispatcher, HostBatches
+from robustjax.training.monitors import CatastrophicOverfitting
 from robustjax.training.progress import Progress
 from robustjax.training.state import TrainState, create_state, placement, sharing
 from robustjax.training.step import Decay, make_train_step
@@ -143,8 +144,8 @@ def fit(
       validate: `(params, extra) -> {name: number}`, called at every checkpoint; see
         `training.monitors`. A number "stop" other than 0 ends the run there, without a
         checkpoint of that step, which is the best one only if no other was validated.
-        If it raises, the step's checkpoint is saved before (in `out`, by one process),
-        and the same call goes on with validate.
+        If it raises (but by a monitor that stops), the step's checkpoint is saved
+        before, in `out`, by one process; the same call goes on with validate.
       best_metric: which of its numbers chooses the best checkpoint; larger is better.
       checkpoint_every: steps between checkpoints; None: one epoch, or `num_steps`.
       out: the run's folder; None: nothing is written.
@@ -334,6 +335,8 @@ def fit(
                     f"validate returned {', '.join(metrics) or 'nothing'}, without "
                     f"the best_metric {best_metric!r}; return it, or name another."
                 )
+        except CatastrophicOverfitting:  # what it stops is not worth keeping
+            raise
         except Exception as error:
             # Of several processes one alone may have failed: it cannot save alone.
             if out is not None and num_processes() == 1:

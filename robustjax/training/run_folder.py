@@ -71,7 +71,8 @@ def open_run(
     wait_for_all("run folder was read")
     if is_writer():
         out.mkdir(parents=True, exist_ok=True)
-        rows = keep_rows(out / METRICS, -1 if step is None else step)
+        validated = (remembered or {}).get("validated", True)
+        rows = keep_rows(out / METRICS, -1 if step is None else step, validated)
         if step is None:
             write_json(out / "config.json", {} if config is None else config)
         _note_start(out / "provenance.json", step)
@@ -87,6 +88,8 @@ def checkpoint_now(
 ) -> None:
     """Save a checkpoint; keep it, the one before, and what either calls the best.
 
+    Saved once more (a validation is made up for), the one before is an older step's.
+
     Args:
       out: the run's folder.
       step: names the checkpoint.
@@ -99,6 +102,8 @@ def checkpoint_now(
     for kept in (remembered, earlier):
         if kept is not None:
             keep |= {kept["step"]} | ({kept["best"]["step"]} if kept["best"] else set())
+    if earlier is not None and earlier["step"] == step:
+        keep |= set([s for s in checkpoint.steps(out / CHECKPOINTS) if s < step][-1:])
     checkpoint.prune(out / CHECKPOINTS, keep)
 
 

@@ -133,7 +133,27 @@ def test_what_was_learned_is_kept_where_validate_raises(train, tmp_path, at):
     assert unbroken.metrics == resumed.metrics
     assert timeless(unbroken.history) == timeless(resumed.history)
     folders = (tmp_path / "unbroken" / "checkpoints", out / "checkpoints")
-    assert set(checkpoint.steps(folders[1])) <= set(checkpoint.steps(folders[0]))
+    assert checkpoint.steps(folders[1]) == checkpoint.steps(folders[0])
+
+
+def test_a_stop_after_a_mistake_is_noted_once(train, tmp_path):
+    def mistaken(params, extra):
+        if float(extra["passes"]) == 12:
+            raise KeyError("a mistake")
+        return rising_then_falling(params, extra)
+
+    def stopping(params, extra):
+        return {**rising_then_falling(params, extra), "stop": 1.0}
+
+    out = tmp_path / "run"
+    with pytest.raises(KeyError):
+        train(out=out, validate=mistaken)
+    for _ in range(2):
+        rows = train(out=out, validate=stopping).history
+        kinds = [row["kind"] for row in rows if row["step"] == 12]
+        assert kinds == ["train", "validate"]
+    written = (out / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row) for row in written] == rows
 
 
 def test_how_steps_are_dispatched_does_not_matter(train):
