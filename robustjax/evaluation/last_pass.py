@@ -23,22 +23,17 @@ def last_pass(
 ) -> tuple[ThreatReport, np.ndarray]:
     """The last pass over all points, and the threat's report.
 
-    Of a random model (`fresh_keys`) it has draws of its own, which change no verdict of
-    the stages. Returns also `[P, N]`, who is right there, pass by pass; who was not
-    without an attack counts as wrong in all, since nothing attacked it.
+    Returns also `[P, N]`, who is right there, pass by pass: of a random model by
+    `fresh_keys`, draws that chose no point. Who was not right without an attack counts
+    as wrong in all, since nothing attacked it.
     """
     order = board.ordered(np.arange(len(board.y)))
-    driver = board.driver
+    rows = [a[order] for a in (board.x, board.y, board.epsilon, board.x_adv)]
+    verdict = counted = judge(board.driver, *rows)
     if fresh_keys is not None:
-        driver = driver._replace(keys=fresh_keys)
-    verdict = judge(
-        driver,
-        *(a[order] for a in (board.x, board.y, board.epsilon, board.x_adv)),
-    )
+        counted = judge(board.driver._replace(keys=fresh_keys), *rows)
     back = np.argsort(order, kind="stable")
     wrong, prediction = verdict.wrong[back], verdict.prediction[back]
-    if fresh_keys is not None:
-        wrong = ~board.alive
     # What the last pass finds wrong is broken, whatever the stages said of it.
     late = board.alive & wrong
     if late.any():
@@ -70,7 +65,7 @@ def last_pass(
         individual=individual,
         epsilons=board.epsilon if np.ndim(threat.epsilon) else None,
     )
-    return found, verdict.correct[:, back] & board.correct
+    return found, counted.correct[:, back] & board.correct
 
 
 def randomized(correct: list[np.ndarray]) -> dict[str, Any]:
