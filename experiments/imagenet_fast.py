@@ -39,6 +39,7 @@ from robustjax import data, models, parallel
 from robustjax.data.folder import ImageFolder
 from robustjax.methods.fast import fast
 from robustjax.training import monitors, optimizers
+from robustjax.training.arguments import check_counts
 from robustjax.training.loop import FitResult, fit
 from robustjax.types import Batch, PyTree
 
@@ -193,8 +194,7 @@ def check_phases(config: Config) -> None:
         raise ValueError(f"ends={ends}; give epochs that rise from 1 on.")
     if not 0 <= config.rise < ends[0]:
         raise ValueError(f"rise={config.rise}; give an epoch before {ends[0]}.")
-    if config.num_watched < 1:
-        raise ValueError(f"num_watched={config.num_watched}; give 1 or more.")
+    check_counts(num_watched=config.num_watched, num_test=config.num_test)
     for batch_size in sizes:
         machine.mesh(config.machine, batch_size)
 

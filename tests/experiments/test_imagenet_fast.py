@@ -42,7 +42,8 @@ def write_folder(root, per_class=6):
         ({"ends": (6, 12, 15, 18)}, "one per phase"),
         ({"ends": (6, 6, 15)}, r"ends=\(6, 6, 15\).*rise"),
         ({"rise": 6.0}, "rise=6.0"),
-        ({"num_watched": 0}, "num_watched=0"),
+        ({"num_watched": 0}, "num_watched is 0; give 1 or more"),
+        ({"num_test": 0}, "num_test is 0; give 1 or more"),
         ({"batch_sizes": (32, 16, 15), "machine": Machine(2)}, "batch_size 15"),
     ],
 )
