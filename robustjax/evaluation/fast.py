@@ -321,7 +321,7 @@ def climb_sample(board: Board, count: int) -> list[str]:
     return [
         f"Four more rounds broke {broken} of {len(sample)} sampled survivors: with "
         f"95 % confidence they would break {low:.1%} to {high:.1%} of all examples "
-        "more. `strong` makes more of them."
+        "more. The suite strong makes more of them."
     ]
 
 
