@@ -79,9 +79,25 @@ def parse(
         prog=next(" ".join(n.split()[:3]) for n in lines if n.startswith("python -m")),
         description="\n\n".join([title, *lines]),
     )
+    refuse_idle_epochs(config, argv)
     if is_command and machine.of(config).cache:
         compilation_cache.turn_on()
     return config
+
+
+def refuse_idle_epochs(config: Any, argv: Sequence[str]) -> None:
+    """Of a preset that counts steps, `--num-epochs` alone would change nothing.
+
+    Raises:
+      SystemExit: so it is.
+    """
+    given = {flag.partition("=")[0].replace("_", "-") for flag in argv}
+    num_steps = getattr(getattr(config, "recipe", config), "num_steps", None)
+    if num_steps and "--num-epochs" in given and "--num-steps" not in given:
+        raise SystemExit(
+            f"--num-epochs changes nothing: {config.preset!r} trains for "
+            f"{num_steps:,} steps. Give --num-steps, or --num-steps None with it."
+        )
 
 
 def launch(

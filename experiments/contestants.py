@@ -182,8 +182,9 @@ CONTESTANTS: dict[str, Contestant] = {
         *(9, "above madry where robust overfitting sets in (2004.05884)"),
     ),
     "awp_trades": Contestant(
-        lambda s: awp(trades(s.model, s.linf), gamma=0.005),
+        lambda s: awp(trades(s.model, s.linf), gamma=0.005, warmup=s.num_updates // 5),
         *(14, "above trades where robust overfitting sets in (2004.05884)"),
+        version=2,  # 1: from the start on
     ),
     "hat": Contestant(
         lambda s: hat(s.model, s.linf, _helper(s)),

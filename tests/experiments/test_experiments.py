@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 import robustjax as rj
-from experiments import common, evaluate, machine, madry_cifar, madry_mnist, quickstart
+from experiments import (
+    common,
+    evaluate,
+    free_cifar,
+    machine,
+    madry_cifar,
+    madry_mnist,
+    quickstart,
+)
 from robustjax import data, models, plots
 from robustjax.methods.standard import standard
 from robustjax.training.loop import fit
@@ -74,6 +82,20 @@ def test_preset_sets_defaults_and_flags_override_them():
     assert common.parse(*parse, ["--preset=paper"]).attack_steps == 7
     with pytest.raises(SystemExit):
         common.parse(*parse, ["--preset", "papr"])
+
+
+@pytest.mark.parametrize("module", [madry_cifar, madry_mnist, free_cifar])
+def test_epochs_that_would_change_nothing_are_refused(module):
+    parse = module.PRESETS, module.__doc__
+    paper = ["--preset", "paper"]
+    preset = getattr(module.PRESETS["paper"], "recipe", module.PRESETS["paper"])
+    for flag in (["--num-epochs", "2"], ["--num-epochs=2"], ["--num_epochs", "2"]):
+        with pytest.raises(SystemExit, match=f"{preset.num_steps:,} steps"):
+            common.parse(*parse, [*paper, *flag])
+    config = common.parse(*parse, [*paper, "--num-epochs", "2", "--num-steps", "None"])
+    config = getattr(config, "recipe", config)
+    assert (config.num_epochs, config.num_steps) == (2, None)
+    common.parse(*parse, ["--num-epochs", "2"])  # this preset counts epochs
 
 
 @pytest.mark.parametrize(("module", "default"), EXPERIMENTS, ids=lambda v: str(v)[:40])
