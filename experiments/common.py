@@ -20,6 +20,7 @@ from robustjax.logging import duration, provenance, write_json
 from robustjax.methods.base import Method
 from robustjax.parallel import is_writer
 from robustjax.training import optimizers
+from robustjax.training.arguments import check_counts
 from robustjax.training.loop import FitResult
 
 Config = TypeVar("Config")
@@ -41,7 +42,8 @@ NETS: dict[str, Callable[..., models.Model]] = {
 # What a config says beside how the weights come about; may differ on resume.
 NOT_TRAINING = (
     *("preset", "out", "data_dir"),
-    *("num_test", "test_steps", "num_restarts", "suite"),
+    *("num_test", "test_batch_size", "test_steps", "num_restarts", "suite"),
+    "generated",  # a path; its images are compared
 )
 # Of a config's `Machine`, what may not.
 ARITHMETIC = ("dtype", "microbatches")
@@ -208,6 +210,8 @@ def build_model(
     if own:  # the nets with BatchNorm
         own["momentum"] = bn_momentum
     blocks = "activation" in own
+    if activation != "relu" and not blocks:
+        raise ValueError(f"activation is {activation!r}, but {name} has ReLU only.")
     shared = {"mean": mean, "std": std, **machine.net_options(on, blocks)}
     return machine.net(on, NETS[name](num_classes=num_classes, **own, **shared))
 
@@ -217,6 +221,19 @@ def labeled(f: rj.LogitsFn, rows: data.Resident) -> data.Resident:
     predict = jax.jit(lambda f, x: rj.predictions(f(data.to_float(x, rows.scale))))
     parts = [predict(f, rows.x[i : i + 500]) for i in range(0, len(rows.x), 500)]
     return rows._replace(y=jnp.concatenate(parts).astype(rows.y.dtype))
+
+
+def num_steps(config: Any, per_epoch: int) -> int:
+    """`config.num_steps`, or those of its `num_epochs`.
+
+    Raises:
+      ValueError: the one that counts is below 1.
+    """
+    if config.num_steps is not None:
+        check_counts(num_steps=config.num_steps)
+        return config.num_steps
+    check_counts(num_epochs=config.num_epochs)
+    return config.num_epochs * per_epoch
 
 
 def learning_rate(name: str, peak: float, num_steps: int) -> optimizers.Schedule:

@@ -36,6 +36,7 @@ from experiments.evaluate import BUDGETS
 from robustjax import data, models, plots
 from robustjax.logging import duration
 from robustjax.training import monitors, optimizers, run_folder
+from robustjax.training.arguments import check_counts
 from robustjax.training.loop import fit
 from robustjax.training.weights import weights_of
 
@@ -101,6 +102,8 @@ class Task(NamedTuple):
 
 def main(config: Config) -> dict[str, Any]:
     began = common.start()
+    if len(set(config.seeds)) < len(config.seeds):
+        raise ValueError(f"seeds is {config.seeds}; give each once.")
     task = prepare(config)
     names = chosen(config.methods)
     for name in names:
@@ -156,7 +159,8 @@ def main(config: Config) -> dict[str, Any]:
 def prepare(config: Config) -> Task:
     """Data, net, threat models and budget."""
     recipe = RECIPES[config.dataset]._replace(clip_norm=config.clip_norm)
-    if config.batch_size:
+    check_counts(batch_size=config.batch_size)
+    if config.batch_size is not None:
         recipe = recipe._replace(batch_size=config.batch_size)
     splits = common.load_splits(
         *(config.dataset, config.data_dir, 0, config.num_monitored, config.num_test)
@@ -284,7 +288,8 @@ def watch(watched: monitors.Monitor) -> Callable[[Any, Any], dict[str, float]]:
     """`fit`'s `validate`: monitors, and the CPU seconds of the stretch before it.
 
     They choose nothing. A stretch begins where the last one was validated, or where
-    this process began to train; so over resumes the seconds add up.
+    this process began to train: after a kill the seconds of resumes add up; after
+    SIGTERM, which keeps the steps of its stretch, those steps' seconds are missing.
     """
     cpu = [time.process_time()]
 
@@ -340,7 +345,9 @@ def judge(
         flags = [flag.name for flag in report.flags] + list(known.get("flags", ()))
         known |= {n: found.robust for n, found in report.threats.items()}
         known |= {"clean": report.correct, "flags": np.array(sorted(set(flags)), str)}
-        np.savez(path, **known)
+        whole = path.with_name("saving.npz")  # killed while it writes, `path` is none
+        np.savez(whole, **known)
+        whole.replace(path)
     right = {n: known[n] for n in ("clean", *norms)}
     if len(norms) > 1:
         right["union"] = np.logical_and.reduce([known[n] for n in norms])

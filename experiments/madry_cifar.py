@@ -153,7 +153,7 @@ def workload(
     threat = rj.linf(config.epsilon)
     attack_fn = rj.pgd(config.attack_steps, config.attack_step_size, keep=rj.last)
     per_epoch = data.steps_per_epoch(num_train, config.batch_size)
-    num_steps = config.num_steps or config.num_epochs * per_epoch
+    num_steps = common.num_steps(config, per_epoch)
     rate = common.learning_rate(config.schedule, config.learning_rate, num_steps)
     return common.Workload(
         model,

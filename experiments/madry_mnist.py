@@ -126,7 +126,7 @@ def main(config: Config) -> dict[str, Any]:
     )
     attack_fn = rj.pgd(config.attack_steps, config.attack_step_size, keep=rj.last)
     per_epoch = data.steps_per_epoch(splits.train.x.shape[0], config.batch_size)
-    num_steps = config.num_steps or config.num_epochs * per_epoch
+    num_steps = common.num_steps(config, per_epoch)
     rate = common.learning_rate(config.schedule, config.learning_rate, num_steps)
     trained = fit(
         jax.random.key(config.seed),

@@ -7,6 +7,7 @@ flat. `run` is `prepare`, `train`, `finish`; who needs more calls the three.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -218,11 +219,24 @@ def standard_net(
 def length(recipe: Recipe, num_train: int) -> tuple[int, int]:
     """Steps of the whole training, and of an epoch."""
     per_epoch = data.steps_per_epoch(num_train, recipe.batch_size)
-    return recipe.num_steps or recipe.num_epochs * per_epoch, per_epoch
+    return common.num_steps(recipe, per_epoch), per_epoch
 
 
 def schedule(recipe: Recipe, num_steps: int, per_epoch: int) -> optimizers.Schedule:
-    """The learning rate at each of `num_steps` updates."""
+    """The learning rate at each of `num_steps` updates.
+
+    Raises:
+      ValueError: flags that this schedule does not use.
+    """
+    for flag, using in {
+        "boundaries": ("piecewise", "linear"),
+        "values": ("linear",),
+    }.items():
+        if getattr(recipe, flag) and recipe.schedule not in using:
+            raise ValueError(
+                f"{flag} is {getattr(recipe, flag)}, which the schedule "
+                f"{recipe.schedule!r} does not use; {' and '.join(using)} do."
+            )
     peak, rise = recipe.learning_rate, round(recipe.warmup * num_steps)
     if recipe.schedule == "one_cycle":
         return optimizers.one_cycle(peak, num_steps, warmup_steps=rise)
@@ -304,15 +318,26 @@ def finish(
 def by_suite(
     recipe: Recipe, ready: Prepared, trained: FitResult, threat: Any
 ) -> dict[str, Any]:
-    """What the recipe's suite says of the chosen checkpoint; {} without one."""
+    """What the recipe's suite says of the chosen checkpoint; {} without one.
+
+    Killed, it goes on from its ledger in the run's folder.
+    """
     if recipe.suite is None:
         return {}
+    mesh = machine.mesh(recipe.machine, recipe.batch_size)
+    question = {
+        "step": trained.metrics["step"],
+        "images": len(ready.splits.test[1]),
+        "devices": 1 if mesh is None else mesh.size,
+    }
+    name = "_".join([recipe.suite, *(f"{n}_{v}" for n, v in question.items())])
     report = rj.evaluate(
         models.logits_fn(ready.model, trained.params, trained.extra),
         *(*ready.splits.test, threat),
         suite=recipe.suite,
         batch_size=250,
-        mesh=machine.mesh(recipe.machine, recipe.batch_size),
+        resume=Path(recipe.out) / "ledger" / name,
+        mesh=mesh,
     )
     print(report)
     return {"suite": report.summary()}

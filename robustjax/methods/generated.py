@@ -32,7 +32,8 @@ def with_stream(
       method: any; what it carries between updates has `B + G` rows.
       name: of the stream.
       smoothing: of the stream's labels: `(1 - s) onehot(y) + s / K`.
-      num_classes: K; needed for smoothing.
+      num_classes: K; needed for smoothing. Where one side's labels are soft `[B, K]`,
+        K is theirs, and the other's become one-hot.
 
     Returns:
       A `Method`; its metrics count the rows of both.
@@ -54,7 +55,8 @@ def with_stream(
         other = streams.pop(name)
         y, y_other = batch.y, other.y
         if smoothing or y.ndim != y_other.ndim:
-            classes = num_classes or max(y.shape[-1:] + y_other.shape[-1:])
+            soft = y if y.ndim == 2 else y_other  # without num_classes one is
+            classes = num_classes or soft.shape[-1]
             y, y_other = _probabilities(y, classes), _probabilities(y_other, classes)
             y_other = (1 - smoothing) * y_other + smoothing / classes
         mask = None

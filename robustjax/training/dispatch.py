@@ -100,7 +100,13 @@ class Dispatcher:
         """Of what shapes `draw` makes a batch: of the data and the rows of a step."""
         if self.host is not None:  # the function gives the rows of this process
             own = jax.eval_shape(lambda batch: batch, self.host(0))
-            return None, jax.tree.map(self._of_all, own)
+            batch = jax.tree.map(self._of_all, own)
+            if (rows := batch.x.shape[0]) != self.batch_size:
+                raise ValueError(
+                    f"batch_size is {self.batch_size}, but data(0) makes batches of "
+                    f"{rows} rows, all processes together; give batch_size={rows}."
+                )
+            return None, batch
         index = np.arange(self.batch_size, dtype=np.int32)
         return jax.eval_shape(lambda *of: of, self.data, index)
 

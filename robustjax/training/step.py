@@ -39,8 +39,10 @@ def make_train_step(
       undoes.
 
     Raises:
-      ValueError: method.repeats is below 1.
+      ValueError: method.repeats is below 1, or a number ema_decay outside [0, 1).
     """
+    if isinstance(ema_decay, int | float) and not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay is {ema_decay}; give a number from 0 to below 1.")
     if method.repeats < 1:
         raise ValueError(f"method.repeats is {method.repeats}; give 1 or more.")
 

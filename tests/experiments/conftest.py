@@ -28,7 +28,7 @@ def kept_programs(tmp_path_factory):
         "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "programs"),
         "jax_persistent_cache_min_compile_time_secs": 0.1,
     }
-    before = {name: jax.config.read(name) for name in settings}
+    before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # JAX asks for the folder once

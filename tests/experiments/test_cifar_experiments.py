@@ -239,6 +239,58 @@ def test_two_momenta_need_a_cycle():
     assert recipe.momentum(recipe.Recipe("x"), 10, lambda step: 0.1) == 0.9
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"boundaries": (1, 2)}, r"boundaries is \(1, 2\), .*'one_cycle' does not use"),
+        (
+            {"values": (1.0,), "schedule": "piecewise"},
+            r"values is \(1.0,\), .*; linear",
+        ),
+        ({"num_steps": 0}, "num_steps is 0; give 1 or more"),
+        ({"num_epochs": 0}, "num_epochs is 0; give 1 or more"),
+    ],
+)
+def test_flags_that_would_change_nothing_or_train_nothing_are_refused(changes, message):
+    given = recipe.Recipe("x", **changes)
+    with pytest.raises(ValueError, match=message):
+        recipe.schedule(given, *recipe.length(given, 1000))
+
+
+def test_an_activation_that_a_net_has_not_is_refused():
+    with pytest.raises(ValueError, match="activation is 'silu', but resnet18 has ReLU"):
+        common.build_model("resnet18", "cifar10", activation="silu")
+
+
+def test_a_suite_goes_on_from_its_ledger(tmp_path, monkeypatch):
+    """One for each question: checkpoint, number of images, devices."""
+    asked = []
+
+    class Report:
+        def summary(self):
+            return {}
+
+    monkeypatch.setattr(
+        recipe.rj,
+        "evaluate",
+        lambda *of, **how: asked.append(how["resume"]) or Report(),
+    )
+    monkeypatch.setattr(recipe.models, "logits_fn", lambda *of: None)
+    ready = recipe.Prepared(
+        *(None, common.Splits(None, (), (None, np.zeros(7)), 10, "")), *(None, None)
+    )
+    trained = recipe.FitResult(None, {}, {}, {"step": 3}, [])
+    for suite, devices in ((None, 1), ("fast", 1), ("standard", 4)):
+        given = recipe.Recipe(
+            str(tmp_path), suite=suite, machine=Machine(num_devices=devices)
+        )
+        recipe.by_suite(given, ready, trained, None)
+    assert [path.relative_to(tmp_path).parts for path in asked] == [
+        ("ledger", "fast_step_3_images_7_devices_1"),
+        ("ledger", "standard_step_3_images_7_devices_4"),
+    ]
+
+
 def test_lengths_and_schedules_follow_the_recipe():
     given = recipe.Recipe("x", num_epochs=4, batch_size=10, learning_rate=1.0)
     assert recipe.length(given, 105) == (40, 10)

@@ -50,6 +50,15 @@ def test_every_method_spends_the_budget_up_to_one_update(tmp_path):
         experiment.updates("madry", poor)
 
 
+def test_flags_that_make_no_sense_are_refused(tmp_path):
+    for changes, message in (
+        ({"batch_size": 0}, "batch_size is 0; give 1 or more"),
+        ({"seeds": (1, 0, 1)}, r"seeds is \(1, 0, 1\); give each once"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            experiment.main(tiny(tmp_path, **changes))
+
+
 def test_names_are_checked_and_groups_expand():
     assert chosen(()) == list(CONTESTANTS)
     assert chosen(("multinorm", "madry")) == ["madry", *MULTINORM]

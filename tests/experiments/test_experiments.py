@@ -14,6 +14,8 @@ from experiments import (
     common,
     evaluate,
     free_cifar,
+    generated_data_cifar,
+    imagenet_fast,
     machine,
     madry_cifar,
     madry_mnist,
@@ -82,6 +84,16 @@ def test_preset_sets_defaults_and_flags_override_them():
     assert common.parse(*parse, ["--preset=paper"]).attack_steps == 7
     with pytest.raises(SystemExit):
         common.parse(*parse, ["--preset", "papr"])
+
+
+def test_what_measures_or_tells_a_path_may_change_on_resume():
+    for config, changes in (
+        (imagenet_fast.Config(), {"test_batch_size": 10}),
+        (generated_data_cifar.Config(), {"generated": "moved.npz"}),
+    ):
+        changed = dataclasses.replace(config, **changes)
+        assert changed != config
+        assert common.training_part(changed) == common.training_part(config)
 
 
 @pytest.mark.parametrize("module", [madry_cifar, madry_mnist, free_cifar])

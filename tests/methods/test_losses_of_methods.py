@@ -705,6 +705,23 @@ def test_generated_data():
         generated.with_stream(base, smoothing=0.1)
 
 
+@pytest.mark.parametrize("soft", ["batch", "stream"])
+def test_soft_labels_on_one_side_make_the_other_ones_one_hot(soft):
+    """Whatever the sizes: 8 and 4 rows, as many classes as the soft side has."""
+    batch, more = with_more(inputs())
+    one_hot = jnp.eye(CLASSES)
+    both = batch._replace(y=one_hot[batch.y]), more._replace(y=one_hot[more.y])
+    mixed = generated.with_stream(standard(MODEL))
+
+    def found(batch, more):
+        batch = batch._replace(streams={"generated": more})
+        key = jax.random.key(0)
+        return mixed.grads(weights(), statistics(), (), batch, jnp.int32(0), key)[0]
+
+    one_sided = (both[0], more) if soft == "batch" else (batch, both[1])
+    close(found(*one_sided), found(*both))
+
+
 def test_awp_of_trades_on_generated_data():
     """The wrappers combine: one attack, on both streams, at the weights themselves."""
     batch, more = with_more(inputs())

@@ -416,6 +416,10 @@ def test_the_live_line(train):
         assert part in last
 
 
+def five_rows(step):
+    return Batch(jnp.zeros((5, 4)), jnp.zeros(5, jnp.int32))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -432,6 +436,7 @@ def test_the_live_line(train):
         ),
         ({"validate": lambda p, e: {"accuracy": 1.0}}, "best_metric 'robust_accuracy'"),
         ({"data": lambda step: None, "augment": brighter}, "augment is for.*mix="),
+        ({"data": five_rows}, r"batch_size is 16, but data\(0\) makes .* of 5 rows"),
     ],
 )
 def test_messages_name_the_argument(train, changes, message):

@@ -71,6 +71,12 @@ def test_averages_of_weights_and_statistics(decay):
     assert int(state.ema.extra["count"]) == 3
 
 
+@pytest.mark.parametrize("decay", [1.0, 99.5, -0.1, float("nan")])
+def test_a_decay_outside_its_range_is_refused(decay):
+    with pytest.raises(ValueError, match=f"ema_decay is {decay}; give a number from 0"):
+        make_train_step(noisy(1), optax.sgd(1.0), ema_decay=decay)
+
+
 def test_ramped_decay_follows_the_step():
     step = make_train_step(noisy(1), optax.sgd(1.0), ema_decay=ramped(0.999))
     state = dataclasses.replace(first(ema=True), step=jnp.int32(8))
