@@ -143,9 +143,8 @@ def maximize(
         index = jnp.arange(x.shape[0], dtype=jnp.int32)
 
     def score(x_adv: Array, key: Key | None) -> tuple[Array, Array]:
-        logits = call(x_adv, key)
-        if logits.dtype != jnp.float64:
-            logits = logits.astype(jnp.float32)
+        # In the type of x, whatever the model computes in: so attacks carry scores.
+        logits = call(x_adv, key).astype(x.dtype)
         return surrogate(logits), logits
 
     return Problem(x, threat, index, start, y, score, success)

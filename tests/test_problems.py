@@ -204,3 +204,27 @@ def test_an_absolute_step_size_is_noticed():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "x_type"),
+    [
+        (jnp.bfloat16, jnp.float32),
+        (jnp.float64, jnp.float32),
+        (jnp.float32, jnp.float64),
+    ],
+)
+def test_logits_and_scores_have_the_type_of_x(model_type, x_type):
+    """Attacks carry scores: a model that computes in another type ran into a scan whose
+    carry changed its type."""
+    with jax.enable_x64(True):
+        w = jnp.asarray([[1.0, -1.0], [-1.0, 1.0]], model_type)
+        x = jnp.asarray([[0.6, 0.5], [0.9, 0.1]], x_type)
+        problem = rj.untargeted(
+            lambda x: x.astype(model_type) @ w, x, jnp.zeros(2, jnp.int32), rj.linf(0.2)
+        )
+        score, logits = problem.score(x, None)
+        assert score.dtype == logits.dtype == x_type
+        result = rj.pgd(3)(jax.random.key(0), problem)
+        assert result.success.tolist() == [True, False]
+        assert result.x_adv.dtype == x_type

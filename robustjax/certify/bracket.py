@@ -13,8 +13,8 @@ from robustjax.attacks.pgd import pgd
 from robustjax.certify.radius import certified_radius
 from robustjax.certify.trace import trace
 from robustjax.evaluation.attack import attack
-from robustjax.evaluation.checks import check_inputs
-from robustjax.evaluation.curves import minimal_norm_curve
+from robustjax.evaluation.checks import check_inputs, warn
+from robustjax.evaluation.curves import examined, minimal_norm_curve
 from robustjax.evaluation.prepare import answers, prepare_model
 from robustjax.losses import margin_loss
 from robustjax.norms import L1, L2, Linf
@@ -79,6 +79,8 @@ def bracket(
     key: Key | None = None,
     batch_size: int = 256,
     index: Any = None,
+    checks: str = "default",
+    image_axes: str | None = "HWC",
     mesh: Any = None,
 ) -> Bracket:
     """Per example: certified radius, and the smallest adversarial perturbation found.
@@ -95,8 +97,9 @@ def bracket(
         net's global Lipschitz constants.
       num_bisections: PGD runs after the first one, at the largest budget.
       fab_steps: steps of FAB for each of the best other classes; 0: no FAB.
-      key, batch_size, index, mesh: see `attack`. The certified radii are computed on
-        one device.
+      checks: as of `minimal_norm_curve`: whether `found` can be trusted.
+      key, batch_size, index, image_axes, mesh: see `evaluate`. The certified radii are
+        computed on one device.
 
     Returns:
       `Bracket`.
@@ -125,6 +128,9 @@ def bracket(
         raise ValueError(f"radius has shape {radius.shape}; give one for each of y.")
     key = jax.random.key(0) if key is None else key
     key_pgd, key_fab, key_judge = jax.random.split(key, 3)
+    asked = (key, batch_size, index, checks, image_axes, mesh)
+    _, flags = examined(logits_fn, x, y, threat, *asked)
+    warn(flags)
     f, _ = prepare_model(logits_fn, x, y, batch_size)
 
     def judge(points: np.ndarray) -> np.ndarray:
@@ -160,6 +166,7 @@ def bracket(
             key=key_fab,
             batch_size=batch_size,
             index=index,
+            checks="none",
             mesh=mesh,
         )
         found = np.minimum(found, curve.distance)

@@ -1,6 +1,7 @@
 """Accuracy against epsilon: from one minimal-norm run, or by a sweep over budgets."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +11,10 @@ import numpy as np
 
 from robustjax import threats
 from robustjax.attacks import fab
-from robustjax.evaluation import checks, runner
+from robustjax.evaluation import checks as inputs
+from robustjax.evaluation import runner
 from robustjax.evaluation.board import Board
+from robustjax.evaluation.doctor import after
 from robustjax.evaluation.judge import Driver, Model, judge, ladder
 from robustjax.evaluation.prepare import clean_logits, predicted, prepare_model
 from robustjax.evaluation.stage import Stage
@@ -27,11 +30,13 @@ class Curve(NamedTuple):
     accuracy: `[M]` the fraction correct and not broken within each.
     distance: `[N]` the smallest adversarial perturbation found (0: wrong without one,
               `inf`: none found).
+    flags:    what makes these numbers doubtful, as in an evaluation's report.
     """
 
     epsilon: np.ndarray
     accuracy: np.ndarray
     distance: np.ndarray
+    flags: tuple[inputs.Flag, ...] = ()
 
 
 def minimal_norm_curve(
@@ -45,6 +50,8 @@ def minimal_norm_curve(
     key: Key | None = None,
     batch_size: int = 256,
     index: Any = None,
+    checks: str = "default",
+    image_axes: str | None = "HWC",
     mesh: Any = None,
 ) -> Curve:
     """One run of targeted FAB without a budget gives the whole curve.
@@ -53,7 +60,10 @@ def minimal_norm_curve(
     Reference: Croce and Hein, arXiv 1907.02044.
 
     Args:
-      logits_fn, x, y, key, batch_size, index, mesh: see `evaluate`.
+      logits_fn, x, y, key, batch_size, index, image_axes, mesh: see `evaluate`.
+      checks: "default": examine the model first, at the threat's epsilon (of `inf`
+        within the range of the data); findings are `ModelWarning`s and `flags`.
+        "none": trust it.
       threat: norm and box; its epsilon is where the returned budgets end (64 of them,
         evenly spaced); of `inf` they end at the largest distance found.
       num_steps: of each run.
@@ -66,7 +76,9 @@ def minimal_norm_curve(
     >>> curve.distance.round(2).tolist()
     [0.05, 0.4]
     """
-    board = _board(logits_fn, x, y, threat, key, batch_size, index, mesh)
+    asked = (key, batch_size, index, checks, image_axes, mesh)
+    board, flags = examined(logits_fn, x, y, threat, *asked)
+    inputs.warn(flags)
     distance = np.where(board.correct, np.inf, 0.0)
     settings = fab.fab_settings(targeted=True)
     stage = Stage(
@@ -96,7 +108,7 @@ def minimal_norm_curve(
     if not np.isfinite(limit):
         limit = float(np.max(distance, where=np.isfinite(distance), initial=0.0))
     epsilon = np.linspace(0, limit, 64)
-    return _curve(epsilon, distance)
+    return _curve(epsilon, distance, flags)
 
 
 def sweep_curve(
@@ -110,6 +122,7 @@ def sweep_curve(
     key: Key | None = None,
     batch_size: int = 256,
     index: Any = None,
+    checks: str = "default",
     image_axes: str | None = "HWC",
     mesh: Any = None,
 ) -> Curve:
@@ -120,6 +133,7 @@ def sweep_curve(
         `evaluate`.
       threat: norm and box.
       epsilons: budgets.
+      checks: as of `minimal_norm_curve`, at the largest budget.
 
     >>> import robustjax as rj
     >>> w = jnp.array([[1.0, -1.0], [-1.0, 1.0]])
@@ -131,45 +145,80 @@ def sweep_curve(
     [0.5, 0.5]
     """
     epsilons = sorted(float(e) for e in epsilons)
-    x, y, index = checks.check_inputs(x, y, threat, index, batch_size)
+    if not epsilons:
+        raise ValueError("epsilons is empty; give at least one budget.")
+    x, y, index = inputs.check_inputs(x, y, threat, index, batch_size)
+    widest = dataclasses.replace(threat, epsilon=jnp.float32(epsilons[-1]))
+    asked = (key, batch_size, index, checks, image_axes, mesh)
+    _, flags = examined(logits_fn, x, y, widest, *asked)
+    inputs.warn(flags)
+    # A random model is judged by several draws, for which `evaluate` must know it.
+    level = "default" if any(flag.name == "random" for flag in flags) else "none"
     distance = np.full(len(y), np.inf)
-    left = np.arange(len(y))
+    left, misled = np.arange(len(y)), []
     for epsilon in epsilons:
         if not len(left):
             break
-        report = runner.evaluate(
-            logits_fn,
-            *(x[left], y[left]),
-            dataclasses.replace(threat, epsilon=jnp.float32(epsilon)),
-            suite=suite,
-            key=key,
-            batch_size=batch_size,
-            index=index[left],
-            checks="none",
-            image_axes=image_axes,
-            mesh=mesh,
-            progress=False,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", inputs.ModelWarning)  # said above
+            report = runner.evaluate(
+                logits_fn,
+                *(x[left], y[left]),
+                dataclasses.replace(threat, epsilon=jnp.float32(epsilon)),
+                suite=suite,
+                key=key,
+                batch_size=batch_size,
+                index=index[left],
+                checks=level,
+                image_axes=image_axes,
+                mesh=mesh,
+                progress=False,
+            )
         found = next(iter(report.threats.values()))
         broken = report.correct & ~report.robust
         distance[left[broken]] = np.minimum(found.size[broken], epsilon)
         distance[left[~report.correct]] = 0.0
         left = left[report.robust]
-    return _curve(np.array(epsilons), distance)
+        if checks != "none" and not misled:
+            misled = [
+                flag._replace(message=f"at epsilon {epsilon:g} {flag.message}")
+                for flag in after(found.broken_by)
+            ]
+    inputs.warn(misled)
+    return _curve(np.array(epsilons), distance, [*flags, *misled])
 
 
-def _curve(epsilon: np.ndarray, distance: np.ndarray) -> Curve:
+def _curve(
+    epsilon: np.ndarray, distance: np.ndarray, flags: Sequence[inputs.Flag]
+) -> Curve:
     slack = 1e-6 * np.maximum(1, epsilon)
     beyond = distance[None, :] > (epsilon + slack)[:, None]
     wrong = distance == 0
-    return Curve(epsilon, (beyond & ~wrong[None]).mean(1), distance)
+    accuracy = (beyond & ~wrong[None]).mean(1)
+    return Curve(epsilon, accuracy, distance, tuple(flags))
 
 
-def _board(logits_fn, x, y, threat, key, batch_size, index, mesh) -> Board:
-    x, y, index = checks.check_inputs(x, y, threat, index, batch_size)
+def examined(
+    logits_fn: Callable[..., Array],
+    x: Any,
+    y: Any,
+    threat: ThreatModel,
+    key: Key | None,
+    batch_size: int,
+    index: Any,
+    checks: str,
+    image_axes: str | None,
+    mesh: Any,
+) -> tuple[Board, list[inputs.Flag]]:
+    """The model on its board, and what the doctor says of it (see `evaluate`)."""
+    if checks not in ("default", "none"):
+        raise ValueError(f"checks={checks!r}: choose 'default' or 'none'.")
+    x, y, index = inputs.check_inputs(x, y, threat, index, batch_size)
+    axes = runner.image_axes_of(image_axes, x)
     f, looped = prepare_model(logits_fn, x, y, batch_size)
     f = put_shared(f, mesh)
-    key_judge, key_attack = jax.random.split(checks.check_key(key))
+    key = inputs.check_key(key)
+    key_judge, key_attack = jax.random.split(key)
     driver = Driver(
         Model(f, jnp.float32(1)),
         dataclasses.replace(threat, epsilon=0.0),
@@ -179,6 +228,28 @@ def _board(logits_fn, x, y, threat, key, batch_size, index, mesh) -> Board:
         key_judge[None],
     )
     logits = clean_logits(driver, x, np.argsort(index, kind="stable"))
+    flags: list[inputs.Flag] = []
+    if checks != "none":
+        near = _finite(threat, x)
+        key_checks = jax.random.fold_in(key, 2)
+        flags = runner.examine(
+            *(driver, logits, x, y, near, index, key_checks, axes)
+        ).flags
+    if any(flag.name == "random" for flag in flags):
+        keys = jax.random.split(key_judge, runner.NUM_PASSES)
+        driver = driver._replace(keys=keys)
     ones = np.ones(len(y), np.float32)
     prediction = predicted(logits)
-    return Board(driver, x, y, index, ones, logits, prediction, key_attack)
+    return Board(driver, x, y, index, ones, logits, prediction, key_attack), flags
+
+
+def _finite(threat: ThreatModel, x: np.ndarray) -> ThreatModel:
+    """The threat; without a budget, with one of half of the data's range everywhere."""
+    epsilon = np.asarray(threat.epsilon, np.float32)
+    if np.isfinite(epsilon).all():
+        return threat
+    half = np.full((1, *x.shape[1:]), np.ptp(x) / 2, np.float32)
+    widest = float(threats.size(threat, jnp.asarray(half))[0])
+    return dataclasses.replace(
+        threat, epsilon=np.where(np.isfinite(epsilon), epsilon, np.float32(widest))
+    )

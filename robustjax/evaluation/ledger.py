@@ -128,8 +128,11 @@ class Ledger:
     def put(
         self, group: str, stage: str, index: np.ndarray, outcome: Outcome, points: bool
     ) -> None:
-        """Write what a group gave; `points`: those of all unbroken rows too, and not
-        only of those whose margin is gone, which the last pass looks at again."""
+        """Write what a group gave; `points`: those of all unbroken rows too.
+
+        Without it those whose margin is gone or small: the last pass looks at them
+        again, and its precision may be another than the attack's (bfloat16, TPUs).
+        """
         name = f"{len(self.lines):06d}.npz"
         row = {
             "group": group,
@@ -143,7 +146,9 @@ class Ledger:
         self.lines[group] = row
         if not is_writer():
             return
-        kept = outcome.broken | (outcome.margin <= 0) | points
+        margin = outcome.margin
+        usual = np.abs(margin[np.isfinite(margin)]).max(initial=0.0)
+        kept = outcome.broken | (margin <= CLOSE * usual) | points
         places = np.flatnonzero(kept)
         temporary = self.folder / "groups" / f"{name}.saving"
         with open(temporary, "wb") as file:
@@ -166,6 +171,9 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
 
+
+CLOSE = 1 / 64
+"""Of the largest margin of a group; products in bfloat16 are off by 1 / 256."""
 
 FIXES = {
     "model": "the model differs, in its weights or in what it computes",

@@ -80,24 +80,23 @@ def traced_attacks(
     """
     rows = slice(0, min(2, len(x)))
     few = of_rows(threat, rows)
-    few = dataclasses.replace(
-        few, epsilon=jnp.broadcast_to(jnp.asarray(few.epsilon, jnp.float32), rows.stop)
-    )
+    epsilon = np.broadcast_to(np.asarray(few.epsilon, np.float32), rows.stop)
 
-    def call(attack_fn: AttackFn, key: Key, x: Array, y: Array) -> Any:
-        return attack_fn(key, untargeted(f, x, y, few))
+    def call(attack_fn: AttackFn, key: Key, x: Array, y: Array, epsilon: Array) -> Any:
+        here = dataclasses.replace(few, epsilon=epsilon)
+        return attack_fn(key, untargeted(f, x, y, here))
 
     programs = {}
     for name, attack_fn in attacks.items():
-        arguments = (jax.random.key(0), x[rows], y[rows])
+        arguments = (jax.random.key(0), x[rows], y[rows], epsilon)
         trace = jax.make_jaxpr(functools.partial(call, attack_fn), return_shape=True)
         try:
             programs[name], found = trace(*arguments)
         except Exception as error:
             error.add_note(
                 f"raised by attacks[{name!r}], traced on {rows.stop} rows under "
-                f"{threat.norm}; problem.threat.epsilon has shape [{rows.stop}], a "
-                "budget for each row."
+                f"{threat.norm}; problem.threat.epsilon is traced, of shape "
+                f"[{rows.stop}], a budget for each row."
             )
             raise
         if not isinstance(found, Result):
@@ -112,6 +111,12 @@ def traced_attacks(
                     f"attacks[{name!r}] returned {field} of shape "
                     f"{tuple(np.shape(leaf))} for x of shape {x[rows].shape}: it must "
                     f"be {shape}."
+                )
+            kind = np.bool_ if field == "success" else np.floating
+            if not jnp.issubdtype(leaf.dtype, kind):
+                raise TypeError(
+                    f"attacks[{name!r}] returned {field} of {leaf.dtype}: it must be "
+                    f"{'bool' if field == 'success' else 'floats'}."
                 )
     return programs
 

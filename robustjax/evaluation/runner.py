@@ -20,7 +20,13 @@ from robustjax.evaluation.attack import PGD
 from robustjax.evaluation.binarization import binarization_test
 from robustjax.evaluation.binarization import flag as binarization_flag
 from robustjax.evaluation.board import Board, Enough, clean_margin
-from robustjax.evaluation.doctor import after, chosen, doctor, usual_scale
+from robustjax.evaluation.doctor import (
+    Diagnosis,
+    after,
+    chosen,
+    doctor,
+    usual_scale,
+)
 from robustjax.evaluation.judge import Driver, Model, ladder
 from robustjax.evaluation.last_pass import last_pass, randomized
 from robustjax.evaluation.ledger import Ledger, code_digest, model_digest
@@ -43,18 +49,27 @@ from robustjax.types import Array, Key
 
 
 class _Findings(NamedTuple):
-    """What the checks said: flags, what each measured, passes."""
+    """What the checks said: flags, what each measured, passes.
+
+    said: threats (their prefixes) and messages by the names of flags.
+    """
 
     flags: list[inputs.Flag]
     measured: dict[str, Any]
     passes: int
+    said: set[tuple[str, str]]
 
-    def keep(self, news: Sequence[inputs.Flag]) -> list[inputs.Flag]:
-        """Keep what has a new name, and return it, to be warned of."""
-        known = {flag.name for flag in self.flags}
-        news = [flag for flag in news if flag.name not in known]
-        self.flags.extend(news)
-        return news
+    def keep(self, news: Sequence[inputs.Flag], prefix: str) -> list[inputs.Flag]:
+        """Keep the first of each name under a threat, but what is word for word that
+        of another threat; return it, to be warned of."""
+        kept = []
+        for flag in news:
+            says = {(flag.name, prefix), (flag.name, flag.message)}
+            if not says & self.said:
+                kept.append(flag._replace(message=prefix + flag.message))
+            self.said.update(says)
+        self.flags.extend(kept)
+        return kept
 
 
 class _Task(NamedTuple):
@@ -163,7 +178,7 @@ def evaluate(
         x, y, index = inputs.check_inputs(x, y, t, index, batch_size)
     x = x.astype(np.float32)
     inputs.check_unique(index)
-    axes = _axes(image_axes, x)
+    axes = image_axes_of(image_axes, x)
     key_judge, key_attacks, key_checks = jax.random.split(inputs.check_key(key), 3)
     f, looped = prepare_model(logits_fn, x, y, batch_size)
     f = put_shared(f, mesh)
@@ -186,7 +201,7 @@ def evaluate(
         None if resume is None else Path(resume),
         Live(progress),
     )
-    found = _Findings([], {}, 0)
+    found = _Findings([], {}, 0, set())
     if checks != "none":
         found = _examine(task, named, checks == "full", key_checks, features_fn)
         inputs.warn(found.flags)
@@ -206,7 +221,7 @@ def evaluate(
         passes.append(correct)
         skipped = task.individual or checks == "none"
         wanted = [n for n in news if not skipped or n.name == OUTSIDE]
-        inputs.warn(found.keep(wanted))
+        inputs.warn(found.keep(wanted, f"{name}: " if prefix else ""))
         task.live.note(f"{name}: {reports[name].robust_accuracy:.4f} robust")
     config = {
         "suite": suite_name,
@@ -282,16 +297,10 @@ def _examine(
 ) -> _Findings:
     """The checks of the model, under each threat."""
     f = task.driver.model.logits_fn
-    survivors = int((task.prediction == task.y).sum())
-    passes = CHECKED_PART * suites.standard_passes(task.logits, survivors)
-    found = _Findings([], {}, 0)
+    found = _Findings([], {}, 0, set())
     for name, t in named.items():
-        diagnosis = doctor(
-            f,
-            *(task.x, task.y, t, task.index, key),
-            image_axes=task.axes or "HWC",
-            passes=passes,
-            looped=task.driver.looped,
+        diagnosis = examine(
+            *(task.driver, task.logits, task.x, task.y, t, task.index, key, task.axes)
         )
         found = found._replace(passes=found.passes + diagnosis.passes)
         prefix = f"{name}: " if len(named) > 1 else ""
@@ -308,8 +317,29 @@ def _examine(
         if task.suite_name == "rand":  # what the others are warned of is wanted here
             raised = [r for r in raised if r.name != "random"]
         found.measured.update({prefix + check: s for check, s in seen.items()})
-        found.keep([r._replace(message=prefix + r.message) for r in raised])
+        found.keep(raised, prefix)
     return found
+
+
+def examine(
+    driver: Driver,
+    logits: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
+    threat: ThreatModel,
+    index: np.ndarray,
+    key: Key,
+    axes: str | None,
+) -> Diagnosis:
+    """The doctor, for a hundredth of the passes that AutoAttack takes at most."""
+    survivors = int((predicted(logits) == y).sum())
+    return doctor(
+        driver.model.logits_fn,
+        *(x, y, threat, index, key),
+        image_axes=axes or "HWC",
+        passes=CHECKED_PART * suites.standard_passes(logits, survivors),
+        looped=driver.looped,
+    )
 
 
 def _under(
@@ -474,7 +504,8 @@ def _named_attacks(attacks: Any) -> dict[str, AttackFn]:
     return named
 
 
-def _axes(image_axes: str | None, x: np.ndarray) -> str | None:
+def image_axes_of(image_axes: str | None, x: np.ndarray) -> str | None:
+    """Where Square finds rows and columns; None: these inputs are no images."""
     if image_axes not in ("HWC", "CHW", None):
         raise ValueError(f"image_axes={image_axes!r}: choose 'HWC', 'CHW' or None.")
     return image_axes if x.ndim in (3, 4) else None  # `[N, H, W]`: one channel

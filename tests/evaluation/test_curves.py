@@ -1,12 +1,15 @@
 """Curves of accuracy against epsilon on linear models, whose distances are known."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import optimize
 
 import robustjax as rj
 from robustjax import testing
+from robustjax.certify.bracket import bracket
+from robustjax.evaluation.curves import examined
 from robustjax.parallel import data_mesh
 
 ORACLE = testing.linear_oracle("L2", batch_size=10, box_active=True, seed=4)
@@ -71,3 +74,82 @@ def test_a_sweep_agrees_where_it_looks():
     for epsilon, accuracy in zip(curve.epsilon, curve.accuracy, strict=True):
         clear = np.abs(truth - epsilon) > 0.01
         assert abs(accuracy - (truth > epsilon).mean()) <= (~clear).mean()
+
+
+W = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+X = np.random.default_rng(1).uniform(-1, 1, (64, 20)).astype(np.float32)
+WIDE = rj.linf(2.0, -10, 10)
+
+
+def rounded(x):
+    """No slope anywhere, and easily broken."""
+    return jnp.round(4 * x) / 4 @ W
+
+
+CURVES = {
+    "minimal": lambda *given, **more: rj.minimal_norm_curve(
+        *given, WIDE, num_steps=2, num_targets=1, **more
+    ),
+    "sweep": lambda *given, **more: rj.sweep_curve(
+        *given, WIDE, [0.5, 2.0], suite=("apgd-ce",), **more
+    ),
+    "bracket": lambda *given, **more: bracket(
+        *given, WIDE, np.zeros(64), num_bisections=0, fab_steps=0, **more
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_a_model_without_slopes_is_flagged(name):
+    y = np.asarray(rounded(X)).argmax(1)
+    with pytest.warns(rj.ModelWarning, match="vanishing gradient"):
+        found = CURVES[name](rounded, X, y)
+    if name != "bracket":
+        assert "vanishing gradient" in [flag.name for flag in found.flags]
+    if name == "minimal":
+        assert found.accuracy[-1] > 0.9  # what is not to be trusted
+    CURVES[name](rounded, X, y, checks="none")  # and now nothing is said
+    with pytest.raises(ValueError, match="checks='full': choose 'default' or 'none'"):
+        CURVES[name](rounded, X, y, checks="full")
+
+
+def test_without_a_budget_the_model_is_examined_within_the_range_of_the_data():
+    y = np.asarray(rounded(X)).argmax(1)
+    with pytest.warns(rj.ModelWarning, match="vanishing gradient"):
+        rj.minimal_norm_curve(
+            *(rounded, X, y, rj.l2(np.inf, -10, 10)), num_steps=1, num_targets=1
+        )
+
+
+def test_a_random_model_is_judged_by_ten_draws():
+    def noisy(x, key):
+        return x @ W + 0.5 * jax.random.normal(key, (len(x), 3))
+
+    y = (X @ W).argmax(1)
+    rest = (WIDE, None, 64, None, "default", None, None)
+    board, flags = examined(noisy, X, y, *rest)
+    assert "random" in [flag.name for flag in flags]
+    assert len(board.driver.keys) == 10
+    board, _ = examined(lambda x: x @ W, X, y, *rest)
+    assert len(board.driver.keys) == 1
+
+
+def test_a_sweep_says_where_square_alone_breaks():
+    """Flat inside of a cell: gradient attacks stand still, Square does not."""
+
+    def flat(x):
+        return jnp.where(jnp.abs(x) < 0.01, 0.0, jnp.sign(x)) @ W
+
+    y = np.asarray(flat(X)).argmax(1)
+    with pytest.warns(rj.ModelWarning) as warned:
+        curve = rj.sweep_curve(
+            *(flat, X, y, WIDE, [1.0]), suite=("apgd-ce", "square"), image_axes=None
+        )
+    said = [str(w.message) for w in warned]
+    assert any("at epsilon 1 square, which uses no gradient" in text for text in said)
+    assert len(said) == len(curve.flags) == len(set(said))
+
+
+def test_a_sweep_needs_a_budget():
+    with pytest.raises(ValueError, match="epsilons is empty"):
+        rj.sweep_curve(rounded, X, np.zeros(64, int), WIDE, [])

@@ -156,6 +156,55 @@ def test_a_lying_attack_is_not_believed():
         ]
 
 
+def test_what_is_found_under_one_threat_hides_no_finding_under_another():
+    def outside(key, problem):
+        """Every row a step further; the first ones are inside the ball."""
+        result = rj.fgsm()(key, problem)
+        rows = problem.x.shape[0]
+        far = 0.02 * problem.index.astype(jnp.float32)[:, None]
+        moved = jnp.clip(problem.x + far, 0, 1)
+        return result._replace(x_adv=moved, success=jnp.ones(rows, bool))
+
+    threats = {"small": rj.linf(0.01), "larger": rj.linf(0.1)}
+    with pytest.warns(rj.ModelWarning, match="were refused") as warned:
+        report = rj.evaluate(
+            *(ORACLE.logits_fn, ORACLE.x, ORACLE.y, threats),
+            suite=None,
+            attacks={"mine": outside},
+            **QUIET,
+        )
+    assert [flag.message.split(":")[0] for flag in report.flags] == list(threats)
+    assert len(warned) == 2
+
+
+def test_own_attacks_are_traced_as_they_run():
+    """Epsilon is traced, and success is bool: found before the suite, by name."""
+
+    def concrete(key, problem):
+        return rj.fgsm()(
+            key, problem._replace(threat=rj.linf(float(problem.threat.epsilon[0])))
+        )
+
+    def counting(key, problem):
+        result = rj.fgsm()(key, problem)
+        return result._replace(success=result.success.astype(jnp.float32))
+
+    for attack_fn, kind, message in (
+        (concrete, jax.errors.ConcretizationTypeError, "float"),
+        (counting, TypeError, "returned success of float32: it must be bool"),
+    ):
+        with pytest.raises(kind, match=message) as raised:
+            rj.evaluate(
+                *(ORACLE.logits_fn, ORACLE.x, ORACLE.y, rj.linf(0.1)),
+                suite="fast",
+                attacks={"mine": attack_fn},
+                **QUIET,
+            )
+        assert "attacks['mine']" in "".join(
+            [str(raised.value), *getattr(raised.value, "__notes__", ())]
+        )
+
+
 @pytest.mark.parametrize("upper", [1.0, 255.0])
 def test_the_judge_allows_for_rounding_in_any_box(upper):
     """In [0, 255] a rounded x_adv - x passes epsilon by more than 1e-6 of it."""
