@@ -3,10 +3,12 @@
 docs/checks.md says which nets set its thresholds; those here are others.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -257,3 +259,30 @@ def test_binarization(params, norm):
     assert sound.success_rate >= 0.95 and flag(sound) is None
     assert blind.success_rate < 0.5
     assert flag(blind).name == "attack fails the binarization test"
+
+
+def test_binarization_believes_points_and_not_claims():
+    x = np.random.default_rng(0).uniform(0.3, 0.7, (16, 20)).astype(np.float32)
+    pgd = rj.pgd(10)
+
+    def rate(attack_fn):
+        run = binarization_test(jnp.tanh, x, THREAT, attack_fn, jax.random.key(0))
+        assert run.tested.sum() >= 8
+        return run.success_rate
+
+    def all_of(problem):
+        return jnp.ones(len(problem.x), bool)
+
+    def stays(key, problem):
+        return pgd(key, problem)._replace(x_adv=problem.x, success=all_of(problem))
+
+    def modest(key, problem):
+        return pgd(key, problem)._replace(success=~all_of(problem))
+
+    def leaves_ball(key, problem):
+        wider = dataclasses.replace(problem.threat, epsilon=2 * problem.threat.epsilon)
+        found = pgd(key, problem._replace(threat=wider))
+        return found._replace(success=all_of(problem))
+
+    assert rate(modest) == rate(pgd) == 1
+    assert rate(stays) == rate(leaves_ball) == 0
