@@ -31,7 +31,7 @@ class ThreatModel:
       norm: the geometry, itself a pytree.
       epsilon: scalar or `[B]`, in input units (L0: a number of coordinates).
       lower, upper: the input box, scalars or arrays that broadcast to one example
-        (`[C]`: a box per channel).
+        (a box per channel: `[C]` where channels are last, `[C, 1, 1]` for CHW).
     """
 
     norm: Norm

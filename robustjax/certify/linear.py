@@ -33,7 +33,7 @@ def linear_margin(
       x, y: `[N, ...]` with d numbers each, `[N]` labels.
       norm: "Linf", "L2" or "L1".
       epsilon: the budget, in input units.
-      lower, upper: the box; infinite: none.
+      lower, upper: the box; either may be infinite, both: no box.
 
     Raises:
       ValueError: another norm, or a negative epsilon.
@@ -46,7 +46,8 @@ def linear_margin(
         raise ValueError(f"epsilon={epsilon}: a budget is a number >= 0.")
     margins, slopes, flat, is_label = _differences(weights, bias, x, y, norm)
     if np.isinf(lower) and np.isinf(upper):
-        drop = epsilon * np.linalg.norm(slopes, DUAL[norm], axis=-1)
+        norms = np.linalg.norm(slopes, DUAL[norm], axis=-1)
+        drop = np.multiply(epsilon, norms, out=np.zeros_like(norms), where=norms > 0)
     else:
         drop = _drop(slopes, _room(slopes, flat, lower, upper), norm, epsilon)
     return np.where(is_label, np.inf, margins - drop).min(1)
@@ -63,8 +64,9 @@ def linear_distance(
 ) -> np.ndarray:
     """The exact distance to the nearest boundary, `[N]`; 0 where it is wrong already.
 
-    Without a box `min_j m_j / |w_y - w_j|_q`; with one, where `linear_margin` is 0, by
-    bisection (infinite where the box holds no other class).
+    Without a box `min_j m_j / |w_y - w_j|_q`; with one, or half of one (a bound is
+    infinite), where `linear_margin` is 0, by bisection to the last bit (infinite where
+    the box holds no other class).
 
     Args:
       weights, bias, x, y, norm, lower, upper: see `linear_margin`.
@@ -81,14 +83,19 @@ def linear_distance(
         distance = np.divide(margins, norms, out=never, where=norms > 0)
         return np.maximum(np.where(is_label, np.inf, distance).min(1), 0)
     room = _room(slopes, flat, lower, upper)
-    far = float(np.sum(np.broadcast_to(np.abs(upper - lower), flat.shape[1:]))) + 1
-    low, high = np.zeros(margins.shape), np.full(margins.shape, far)
-    reached = margins - _drop(slopes, room, norm, high) <= 0
-    for _ in range(80):
-        middle = (low + high) / 2
-        broken = margins - _drop(slopes, room, norm, middle) <= 0
-        low, high = np.where(broken, low, middle), np.where(broken, middle, high)
-    distance = np.where(reached & ~is_label, high, np.inf)
+
+    def broken(budget: np.ndarray) -> np.ndarray:
+        return margins - _drop(slopes, room, norm, budget) <= 0
+
+    far = _far(margins, slopes, room)
+    reached = broken(far)
+    # Floats >= 0 are ordered as their bits: 64 halvings from however far away.
+    low, high = np.zeros(far.shape, np.int64), far.view(np.int64)
+    for _ in range(64):
+        middle = low + (high - low) // 2
+        done = broken(middle.view(np.float64))
+        low, high = np.where(done, low, middle), np.where(done, middle, high)
+    distance = np.where(reached & ~is_label, high.view(np.float64), np.inf)
     return np.where((margins <= 0) & ~is_label, 0, distance).min(1)
 
 
@@ -110,11 +117,26 @@ def _room(slopes: np.ndarray, flat: np.ndarray, lower: Any, upper: Any) -> np.nd
     return np.where(slopes > 0, down[:, None], up[:, None])
 
 
+def _far(margins: np.ndarray, slopes: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """A budget `[N, K]` under any norm that reaches the boundary, if there is one."""
+    finite = np.isfinite(room)
+    all_of_it = np.where(finite, room, 0).sum(-1)
+    # A coordinate without end does it alone; twice, so that rounding does not matter.
+    need = 2 * np.maximum(margins, 0)[..., None]
+    never = np.full(room.shape, np.inf)
+    alone = np.divide(need, np.abs(slopes), out=never, where=~finite & (slopes != 0))
+    alone = alone.min(-1)
+    return np.where(np.isfinite(alone), alone, all_of_it) + 1
+
+
 def _drop(slopes: np.ndarray, room: np.ndarray, norm: str, epsilon: Any) -> np.ndarray:
     """`max <|w|, d>` over `|d|_p <= epsilon, 0 <= d <= room`, `[N, K]`."""
     gain = np.abs(slopes)
     budget = np.broadcast_to(np.asarray(epsilon, np.float64), gain.shape[:2])[..., None]
-    if norm == "Linf":
+    # No coordinate moves further than the budget; without an end `0 * inf` is NaN.
+    room = np.where(gain > 0, np.minimum(room, budget), 0)
+    # Under an infinite budget the box alone counts, in every norm.
+    if norm == "Linf" or np.isinf(budget).all():
         return (gain * np.minimum(room, budget)).sum(-1)
     if norm == "L1":
         order = np.argsort(-gain, -1)
@@ -124,8 +146,7 @@ def _drop(slopes: np.ndarray, room: np.ndarray, norm: str, epsilon: Any) -> np.n
         return (gain * np.clip(budget - before, 0, room)).sum(-1)
     low = np.zeros(budget.shape)
     smallest = np.where(gain > 0, gain, np.inf).min(-1, keepdims=True)
-    widest = np.where(np.isfinite(room), room, budget).max(-1, keepdims=True)
-    high = (widest + 1) / smallest
+    high = (room.max(-1, keepdims=True) + 1) / smallest
     for _ in range(200):
         middle = (low + high) / 2
         size = np.linalg.norm(np.minimum(middle * gain, room), axis=-1, keepdims=True)

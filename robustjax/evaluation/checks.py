@@ -99,6 +99,8 @@ def _check_x(x: Any, threat: ThreatModel) -> np.ndarray:
             f"x holds NaN or infinite values in {wrong.sum()} of {len(x)} examples, "
             f"first in example {int(np.argmax(wrong))}: mend or drop them."
         )
+    for name in ("lower", "upper"):
+        _check_bound(name, np.shape(getattr(threat, name)), x.shape[1:])
     lower, upper = np.asarray(threat.lower), np.asarray(threat.upper)
     if np.isnan(lower).any() or np.isnan(upper).any() or (lower >= upper).any():
         raise ValueError(
@@ -118,6 +120,18 @@ def _check_x(x: Any, threat: ThreatModel) -> np.ndarray:
             "(lower=..., upper=...)."
         )
     return x
+
+
+def _check_bound(name: str, shape: tuple[int, ...], example: tuple[int, ...]) -> None:
+    """A bound of the box broadcasts to one example, as NumPy understands it."""
+    lengths = zip(reversed(shape), reversed(example), strict=False)
+    if len(shape) > len(example) or any(n not in (1, m) for n, m in lengths):
+        per_channel = ", for CHW images [C, 1, 1]" if len(example) == 3 else ""
+        raise ValueError(
+            f"threat.{name} has shape {shape}, and one example of x {example}: the "
+            "box is that of one example, without the batch. Give a number, or an "
+            f"array of shape {example} or one that broadcasts to it{per_channel}."
+        )
 
 
 def _float32(x: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from robustjax.evaluation.judge import Driver, Model
 from robustjax.evaluation.prepare import no_gradient
 from robustjax.evaluation.stage import Rows
 from robustjax.evaluation.symptoms import Chart
+from robustjax.norms import L0
 from robustjax.threats import ThreatModel
 from robustjax.types import Key, LogitsFn
 
@@ -80,7 +81,7 @@ def doctor(
     Args:
       f: `f(x, key)`, a `jax.tree_util.Partial`.
       x, y, index: `[N, ...]`, `[N]`, `[N]`: the whole set.
-      threat: norm, epsilon and box.
+      threat: norm, epsilon and box; where it is infinite see `finite_box`.
       key: for random starts, and for models that are random.
       image_axes: order of an example's axes, "HWC" or "CHW".
       passes: forward and backward passes that may be spent, over all examples. What
@@ -99,6 +100,7 @@ def doctor(
     index = np.asarray(index)
     take = chosen(index)
     x, y = np.asarray(x)[take], np.asarray(y)[take]
+    box = finite_box(threat, x)
     key_clean, key_other, key_noise, key_attacks = jax.random.split(key, 4)
 
     def answers(x: np.ndarray, key: Key = key_clean) -> np.ndarray:
@@ -108,11 +110,11 @@ def doctor(
     logits = answers(x)
     symptoms.look_at_logits(chart, logits, y)
     random = symptoms.look_at_repeats(chart, answers, logits, x, key_other)
-    symptoms.look_at_precision(chart, answers, x, threat, key_noise)
-    symptoms.look_at_scale(chart, answers, logits, x, y, threat, image_axes)
+    symptoms.look_at_precision(chart, answers, x, box, key_noise)
+    symptoms.look_at_scale(chart, answers, logits, x, y, box, image_axes)
     opaque = no_gradient(f, x)
     if opaque is None:
-        symptoms.look_at_slopes(chart, f, logits, x, y, threat, key_clean)
+        symptoms.look_at_slopes(chart, f, logits, x, y, box, key_clean)
     else:
         symptoms.note_opaque(chart, opaque)
     margin = np.asarray(losses.margin(jnp.asarray(logits), jnp.asarray(y)))
@@ -127,6 +129,35 @@ def doctor(
         for name in ATTACK_CHECKS:
             chart.skip(name, "the model cannot be differentiated")
     return Diagnosis(chart.flags(), chart.checks, chart.spent, random, scale)
+
+
+def finite_box(threat: ThreatModel, x: Any, ball: bool = False) -> ThreatModel:
+    """The threat with the data's range, and a little more, where its box is infinite.
+
+    Checks measure in widths of the box, and look for points anywhere in it.
+
+    Args:
+      threat: a finite box stays as it is.
+      x: `[N, ...]` the data that are looked at.
+      ball: with room for every example's ball too, so that this box cuts none.
+
+    >>> from robustjax.threats import linf
+    >>> found = finite_box(linf(0.5, 0.0, np.inf), np.array([[0.0, 2.0]]), ball=True)
+    >>> float(found.lower), float(found.upper)
+    (0.0, 2.5)
+    """
+    lower, upper = np.asarray(threat.lower), np.asarray(threat.upper)
+    if np.isfinite(lower).all() and np.isfinite(upper).all():
+        return threat
+    low, high = float(np.min(x)), float(np.max(x))
+    # A thousandth: data that do not vary still have a box with a width.
+    more = 1e-3 * ((high - low) or 1.0)
+    epsilon = np.asarray(threat.epsilon)
+    if ball and not isinstance(threat.norm, L0):
+        more = float(np.max(epsilon[np.isfinite(epsilon)], initial=more))
+    lower = np.where(np.isfinite(lower), lower, low - more)
+    upper = np.where(np.isfinite(upper), upper, high + more)
+    return ThreatModel(threat.norm, threat.epsilon, lower, upper)
 
 
 def usual_scale(margin: Any) -> float:
@@ -177,13 +208,15 @@ def _look_at_attacks(
     take = correct[: int(count)]
     # Few shapes: by what can be paid, not by how many happen to be correct.
     shape = 16 if spare / masking.cost(steps) <= 16 else NUM_CHECKED
-    driver = Driver(model, threat, (shape,), looped, None, key_judge[None])
+    wide = finite_box(threat, rows.x, ball=True)
+    driver = Driver(model, wide, (shape,), looped, None, key_judge[None])
     rows = Rows(*(leaf[take] for leaf in rows))
     found = masking.compare(
         *(driver, rows, margin[take], key_attacks, steps, image_axes, chart.left)
     )
     chart.pay(found.passes)
-    _judge_evidence(chart, found)
+    whole = "box" if wide is threat else "range of these data"
+    _judge_evidence(chart, found, whole)
 
 
 def _misleads(reasons: Sequence[str], found: masking.Evidence) -> str:
@@ -210,7 +243,7 @@ def _agreement(found: masking.Evidence) -> str:
     )
 
 
-def _judge_evidence(chart: Chart, found: masking.Evidence) -> None:
+def _judge_evidence(chart: Chart, found: masking.Evidence, whole: str) -> None:
     reasons = masking.reasons(found)
     chart.note(
         "gradient masked",
@@ -238,7 +271,7 @@ def _judge_evidence(chart: Chart, found: masking.Evidence) -> None:
         "unbounded attack fails",
         bad,
         left / found.points,
-        f"with the whole box allowed, {left} of {found.points} examples resist"
+        f"with the whole {whole} allowed, {left} of {found.points} examples resist"
         + (
             ", where every attack must succeed: the gradient is of no use, or steps "
             "are too small."

@@ -77,6 +77,49 @@ def test_linear_distance_is_where_the_margin_ends(norm):
     assert linear_distance(np.ones((6, 4)), b, x, [b.argmax()] * 5, norm)[0] == np.inf
 
 
+@pytest.mark.parametrize(
+    ("norm", "half", "no_box", "steep"),
+    [("Linf", 2, 4 / 3, 3), ("L2", 5**0.5, 4 / 5**0.5, 5**0.5), ("L1", 3, 2, 2)],
+)
+def test_half_a_box_is_exact_in_closed_form(norm, half, no_box, steep):
+    """`2 x_0 - x_1 + 3` at (1, 1): x_0 falls by 1 at most, x_1 rises without end."""
+    w, b, one = np.array([[2.0, 0.0], [-1.0, 0.0]]), [3.0, 0.0], np.ones((1, 2))
+    for sign, half_box in ((1, (0.0, np.inf)), (-1, (-np.inf, 0.0))):
+        for box, expected in ((half_box, half), ((-np.inf, np.inf), no_box)):
+            model = sign * w, b, sign * one, [0], norm
+            distance = linear_distance(*model, *box)[0]
+            assert distance == pytest.approx(expected, rel=1e-12)
+            assert linear_margin(*model, 0.5, *box)[0] == pytest.approx(4 - steep / 2)
+            there = linear_margin(*model, distance, *box)[0]
+            assert there == pytest.approx(0, abs=1e-12)
+            assert linear_margin(*model, np.inf, *box)[0] == -np.inf
+    same = np.ones((2, 2)), [1.0, 0.0], one, [0], norm
+    assert linear_distance(*same, 0.0, np.inf)[0] == np.inf
+    assert linear_margin(*same, np.inf, 0.0, np.inf)[0] == 1
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_half_a_box_is_a_box_that_reaches_far(norm):
+    w, b, x, y = linear_net()
+    for half, far in (
+        ((0.0, np.inf), (0.0, 1e4)),
+        ((-np.inf, 1.0), (-1e4, 1.0)),
+        ((0.0, np.inf), (0.0, 1e30)),  # finite, and no reason to be less exact
+        ((-np.inf, np.inf), (-1e4, 1e4)),
+    ):
+        distance = linear_distance(w, b, x, y, norm, *half)
+        assert np.isfinite(distance).all()
+        np.testing.assert_allclose(
+            distance, linear_distance(w, b, x, y, norm, *far), rtol=1e-12
+        )
+        for epsilon in (0.1, 3.0):
+            np.testing.assert_allclose(
+                linear_margin(w, b, x, y, norm, epsilon, *half),
+                linear_margin(w, b, x, y, norm, epsilon, *far),
+                rtol=1e-12,
+            )
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_on_a_linear_net_the_radius_is_the_distance(norm):
     """Not above it, in float64; and close below."""

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import robustjax as rj
+from robustjax.certify.bracket import bracket
 from robustjax.evaluation import checks
+from robustjax.evaluation.curves import minimal_norm_curve, sweep_curve
 
 X = np.random.default_rng(0).uniform(size=(8, 5)).astype(np.float32)
 W = np.random.default_rng(1).normal(size=(5, 3)).astype(np.float32)
@@ -65,6 +67,50 @@ def test_bad_inputs(changes, error, message):
         rj.attack(**arguments)
     with pytest.raises(error, match=message):
         rj.evaluate(**arguments, progress=False)
+
+
+def _ones(*shape):
+    return np.ones(shape, np.float32)
+
+
+CHW = np.full((4, 3, 8, 8), 0.5, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("x", "box", "message"),
+    [
+        (X, {"upper": _ones(8, 5)}, r"upper has shape \(8, 5\), .* x \(5,\).*batch"),
+        (X, {"upper": _ones(1, 5)}, r"upper has shape \(1, 5\), and one example"),
+        (X, {"upper": _ones(3)}, r"upper has shape \(3,\).* array of shape \(5,\)"),
+        (X, {"lower": 0 * _ones(3)}, r"threat.lower has shape \(3,\)"),
+        (CHW, {"upper": _ones(3)}, r"x \(3, 8, 8\).* for CHW images \[C, 1, 1\]"),
+        (CHW, {"lower": 0 * _ones(3)}, r"lower has shape \(3,\).* \[C, 1, 1\]"),
+    ],
+)
+def test_a_box_that_does_not_fit_an_example(x, box, message):
+    y, threat = Y[: len(x)], rj.linf(0.1, **box)
+
+    def pooled(x):  # nothing is asked of it
+        return linear(x[:, 0, 0, :5] if x.ndim == 4 else x)
+
+    calls = (
+        lambda: rj.attack(pooled, x, y, threat),
+        lambda: rj.evaluate(pooled, x, y, threat, progress=False),
+        lambda: minimal_norm_curve(pooled, x, y, threat),
+        lambda: sweep_curve(pooled, x, y, threat, [0.1]),
+        lambda: bracket(pooled, x, y, threat),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_boxes_that_fit_an_example():
+    for shape in ((), (5,), (1,)):
+        checks.check_inputs(X, Y, rj.linf(0.1, upper=np.ones(shape)))
+    for shape in ((3, 1, 1), (3, 8, 8), (1, 1, 1), (8,), ()):
+        checks.check_inputs(CHW, Y[:4], rj.linf(0.1, upper=np.ones(shape)))
+    checks.check_inputs(CHW.transpose(0, 2, 3, 1), Y[:4], rj.linf(0.1, upper=_ones(3)))
 
 
 def test_epsilon_and_norm_are_checked_when_a_threat_is_built():

@@ -3,10 +3,12 @@
 docs/checks.md says which nets set its thresholds; those here are others.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -14,7 +16,7 @@ import pytest
 import robustjax as rj
 from robustjax import data, models
 from robustjax.evaluation.binarization import binarization_test, flag
-from robustjax.evaluation.doctor import _agreement, after, chosen, doctor
+from robustjax.evaluation.doctor import _agreement, after, chosen, doctor, finite_box
 from robustjax.evaluation.masking import Evidence, reasons
 from robustjax.losses import margin_loss
 from robustjax.methods.madry import madry
@@ -72,6 +74,51 @@ def test_passes_stay_in_budget_and_what_is_left_out_says_so(params, count):
         short = examine(model(params, "sound"), count, passes=little)
         assert short.checks["gradient masked"]["result"] == "not run"
         assert "passes" in short.checks["gradient masked"]["message"]
+
+
+@pytest.mark.parametrize(("norm", "epsilon"), [("Linf", 0.1), ("L2", 0.3)])
+def test_an_infinite_box_does_not_blind_the_doctor(norm, epsilon):
+    rng = np.random.default_rng(0)
+    x, w = (rng.normal(size=s).astype(np.float32) for s in ((64, 20), (20, 3)))
+
+    def logits(w, rounds, x, key):
+        return jnp.where(rounds, jnp.round(4 * x) / 4, jnp.tanh(x)) @ w
+
+    def look(rounds, *box):
+        f = jax.tree_util.Partial(logits, w, np.bool_(rounds))
+        y = np.asarray(f(x, None)).argmax(1)
+        threat = rj.threat(norm, epsilon, *box)
+        found = doctor(f, x, y, threat, np.arange(64), jax.random.key(1))
+        return set(names(found)), found.checks
+
+    flags, finite = look(True, -10.0, 10.0)
+    assert "with the whole box allowed" in finite["unbounded attack fails"]["message"]
+    for box in ((-np.inf, np.inf), (-np.inf, 10.0)):
+        there, checks = look(True, *box)
+        assert there == flags >= {"vanishing gradient", "unbounded attack fails"}
+        for name in ("vanishing gradient", "saturated loss", "low precision"):
+            assert checks[name] == finite[name]
+        # No ball is cut, so the runs are those in the finite box.
+        name = "gradient masked"
+        assert checks[name]["value"] == finite[name]["value"]
+        message = checks["unbounded attack fails"]["message"]
+        assert "whole range of these data" in message
+        sound, checks = look(False, *box)
+        assert sound == set()
+        assert all(check["result"] == "ok" for check in checks.values())
+        assert checks["unbounded attack fails"]["value"] == 0
+
+
+def test_a_box_of_data_has_a_width_and_cuts_no_ball():
+    x, low = np.array([[2.0, 3.0], [2.0, 5.0]]), np.array([-np.inf, 0.0])
+    threat = rj.linf(np.array([0.5, np.inf]), low, np.inf)
+    for ball, more in ((False, 0.003), (True, 0.5)):
+        found = finite_box(threat, x, ball)
+        np.testing.assert_allclose(found.lower, [2 - more, 0], rtol=1e-6)
+        assert found.upper == pytest.approx(5 + more)
+    still = finite_box(rj.l0(3, -np.inf, np.inf), np.ones((4, 2)), ball=True)
+    assert still.lower < 1 < still.upper < 2
+    assert finite_box(THREAT, x) is THREAT
 
 
 def test_order_does_not_matter(params):
@@ -257,3 +304,30 @@ def test_binarization(params, norm):
     assert sound.success_rate >= 0.95 and flag(sound) is None
     assert blind.success_rate < 0.5
     assert flag(blind).name == "attack fails the binarization test"
+
+
+def test_binarization_believes_points_and_not_claims():
+    x = np.random.default_rng(0).uniform(0.3, 0.7, (16, 20)).astype(np.float32)
+    pgd = rj.pgd(10)
+
+    def rate(attack_fn):
+        run = binarization_test(jnp.tanh, x, THREAT, attack_fn, jax.random.key(0))
+        assert run.tested.sum() >= 8
+        return run.success_rate
+
+    def all_of(problem):
+        return jnp.ones(len(problem.x), bool)
+
+    def stays(key, problem):
+        return pgd(key, problem)._replace(x_adv=problem.x, success=all_of(problem))
+
+    def modest(key, problem):
+        return pgd(key, problem)._replace(success=~all_of(problem))
+
+    def leaves_ball(key, problem):
+        wider = dataclasses.replace(problem.threat, epsilon=2 * problem.threat.epsilon)
+        found = pgd(key, problem._replace(threat=wider))
+        return found._replace(success=all_of(problem))
+
+    assert rate(modest) == rate(pgd) == 1
+    assert rate(stays) == rate(leaves_ball) == 0
