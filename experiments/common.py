@@ -210,8 +210,6 @@ def build_model(
     if own:  # the nets with BatchNorm
         own["momentum"] = bn_momentum
     blocks = "activation" in own
-    if activation != "relu" and not blocks:
-        raise ValueError(f"activation is {activation!r}, but {name} has ReLU only.")
     shared = {"mean": mean, "std": std, **machine.net_options(on, blocks)}
     return machine.net(on, NETS[name](num_classes=num_classes, **own, **shared))
 

@@ -17,6 +17,7 @@ from experiments import common, machine, watching
 from experiments.machine import Machine
 from experiments.watching import Collapse
 from robustjax import data, models
+from robustjax.evaluation.ledger import code_digest
 from robustjax.methods.base import Method
 from robustjax.methods.standard import standard
 from robustjax.training import monitors, optimizers
@@ -118,9 +119,32 @@ def run(config: Any, build: Build, **options: Any) -> dict[str, Any]:
     return finish(config, ready, train(config, ready, method, **options))
 
 
+def check_used(recipe: Recipe) -> None:
+    """Raise ValueError for flags that change nothing beside the others.
+
+    >>> check_used(Recipe("runs/x", schedule="cosine", boundaries=(5,)))
+    Traceback (most recent call last):
+    ...
+    ValueError: boundaries is (5,), which the schedule 'cosine' does not use: ...
+    """
+    use = {"boundaries": ("piecewise", "linear"), "values": ("linear",)}
+    for flag, schedules in use.items():
+        value = getattr(recipe, flag)
+        if value and recipe.schedule not in schedules:
+            raise ValueError(
+                f"{flag} is {value}, which the schedule {recipe.schedule!r} does not "
+                f"use: give --{flag} without values, or --schedule {schedules[0]}."
+            )
+    if recipe.model == "resnet18" and recipe.activation != "relu":
+        raise ValueError(
+            f"activation is {recipe.activation!r}, but resnet18 has ReLU only."
+        )
+
+
 def prepare(recipe: Recipe) -> Prepared:
     """Load the data, build the net."""
     began = common.start()
+    check_used(recipe)
     check_counts(
         num_validation=recipe.num_validation,
         num_attacked=recipe.num_attacked,
@@ -223,20 +247,7 @@ def length(recipe: Recipe, num_train: int) -> tuple[int, int]:
 
 
 def schedule(recipe: Recipe, num_steps: int, per_epoch: int) -> optimizers.Schedule:
-    """The learning rate at each of `num_steps` updates.
-
-    Raises:
-      ValueError: flags that this schedule does not use.
-    """
-    for flag, using in {
-        "boundaries": ("piecewise", "linear"),
-        "values": ("linear",),
-    }.items():
-        if getattr(recipe, flag) and recipe.schedule not in using:
-            raise ValueError(
-                f"{flag} is {getattr(recipe, flag)}, which the schedule "
-                f"{recipe.schedule!r} does not use; {' and '.join(using)} do."
-            )
+    """The learning rate at each of `num_steps` updates."""
     peak, rise = recipe.learning_rate, round(recipe.warmup * num_steps)
     if recipe.schedule == "one_cycle":
         return optimizers.one_cycle(peak, num_steps, warmup_steps=rise)
@@ -329,6 +340,7 @@ def by_suite(
         "step": trained.metrics["step"],
         "images": len(ready.splits.test[1]),
         "devices": 1 if mesh is None else mesh.size,
+        "code": f"{code_digest()[:8]}_{jax.__version__}",  # others judge anew
     }
     name = "_".join([recipe.suite, *(f"{n}_{v}" for n, v in question.items())])
     report = rj.evaluate(

@@ -14,7 +14,7 @@ from robustjax.certify.radius import certified_radius
 from robustjax.certify.trace import trace
 from robustjax.evaluation.attack import attack
 from robustjax.evaluation.checks import check_inputs, warn
-from robustjax.evaluation.curves import examined, minimal_norm_curve
+from robustjax.evaluation.curves import examined, middle, minimal_norm_curve
 from robustjax.evaluation.prepare import answers, prepare_model
 from robustjax.losses import margin_loss
 from robustjax.norms import L1, L2, Linf
@@ -97,7 +97,8 @@ def bracket(
         net's global Lipschitz constants.
       num_bisections: PGD runs after the first one, at the largest budget.
       fab_steps: steps of FAB for each of the best other classes; 0: no FAB.
-      checks: as of `minimal_norm_curve`: whether `found` can be trusted.
+      checks: as of `minimal_norm_curve`: whether `found` can be trusted. Here one draw
+        judges a random model in any case.
       key, batch_size, index, image_axes, mesh: see `evaluate`. The certified radii are
         computed on one device.
 
@@ -128,9 +129,16 @@ def bracket(
         raise ValueError(f"radius has shape {radius.shape}; give one for each of y.")
     key = jax.random.key(0) if key is None else key
     key_pgd, key_fab, key_judge = jax.random.split(key, 3)
-    asked = (key, batch_size, index, checks, image_axes, mesh)
-    _, flags = examined(logits_fn, x, y, threat, *asked)
-    warn(flags)
+    if checks != "none":
+        asked = (
+            jax.random.fold_in(key, 3),
+            batch_size,
+            index,
+            checks,
+            image_axes,
+            mesh,
+        )
+        warn(examined(logits_fn, x, y, threat, middle(threat, x), *asked)[1])
     f, _ = prepare_model(logits_fn, x, y, batch_size)
 
     def judge(points: np.ndarray) -> np.ndarray:

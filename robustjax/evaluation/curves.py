@@ -61,9 +61,10 @@ def minimal_norm_curve(
 
     Args:
       logits_fn, x, y, key, batch_size, index, image_axes, mesh: see `evaluate`.
-      checks: "default": examine the model first, at the threat's epsilon (of `inf`
-        within the range of the data); findings are `ModelWarning`s and `flags`.
-        "none": trust it.
+      checks: "default": examine the model first, at a quarter of the threat's epsilon
+        (of `inf` at a 32nd of the data's range), where points are left to look at;
+        findings are `ModelWarning`s and `flags`, and a random model is judged by ten
+        draws. "none": trust it.
       threat: norm and box; its epsilon is where the returned budgets end (64 of them,
         evenly spaced); of `inf` they end at the largest distance found.
       num_steps: of each run.
@@ -77,7 +78,7 @@ def minimal_norm_curve(
     [0.05, 0.4]
     """
     asked = (key, batch_size, index, checks, image_axes, mesh)
-    board, flags = examined(logits_fn, x, y, threat, *asked)
+    board, flags = examined(logits_fn, x, y, threat, middle(threat, x), *asked)
     inputs.warn(flags)
     distance = np.where(board.correct, np.inf, 0.0)
     settings = fab.fab_settings(targeted=True)
@@ -133,7 +134,7 @@ def sweep_curve(
         `evaluate`.
       threat: norm and box.
       epsilons: budgets.
-      checks: as of `minimal_norm_curve`, at the largest budget.
+      checks: as of `minimal_norm_curve`, at the budget in the middle.
 
     >>> import robustjax as rj
     >>> w = jnp.array([[1.0, -1.0], [-1.0, 1.0]])
@@ -148,9 +149,13 @@ def sweep_curve(
     if not epsilons:
         raise ValueError("epsilons is empty; give at least one budget.")
     x, y, index = inputs.check_inputs(x, y, threat, index, batch_size)
-    widest = dataclasses.replace(threat, epsilon=jnp.float32(epsilons[-1]))
-    asked = (key, batch_size, index, checks, image_axes, mesh)
-    _, flags = examined(logits_fn, x, y, widest, *asked)
+    flags: list[inputs.Flag] = []
+    if checks != "none":
+        at = jnp.float32(epsilons[(len(epsilons) - 1) // 2])
+        asked = (key, batch_size, index, checks, image_axes, mesh)
+        _, flags = examined(logits_fn, x, y, threat, at, *asked)
+        if suite == "rand":  # what the others are warned of is wanted here
+            flags = [flag for flag in flags if flag.name != "random"]
     inputs.warn(flags)
     # A random model is judged by several draws, for which `evaluate` must know it.
     level = "default" if any(flag.name == "random" for flag in flags) else "none"
@@ -160,7 +165,8 @@ def sweep_curve(
         if not len(left):
             break
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", inputs.ModelWarning)  # said above
+            if level != "none":
+                warnings.simplefilter("ignore", inputs.ModelWarning)  # said above
             report = runner.evaluate(
                 logits_fn,
                 *(x[left], y[left]),
@@ -203,6 +209,7 @@ def examined(
     x: Any,
     y: Any,
     threat: ThreatModel,
+    epsilon: Any,
     key: Key | None,
     batch_size: int,
     index: Any,
@@ -210,7 +217,7 @@ def examined(
     image_axes: str | None,
     mesh: Any,
 ) -> tuple[Board, list[inputs.Flag]]:
-    """The model on its board, and what the doctor says of it (see `evaluate`)."""
+    """The model on its board, and what the doctor says of it at `epsilon`."""
     if checks not in ("default", "none"):
         raise ValueError(f"checks={checks!r}: choose 'default' or 'none'.")
     x, y, index = inputs.check_inputs(x, y, threat, index, batch_size)
@@ -230,7 +237,7 @@ def examined(
     logits = clean_logits(driver, x, np.argsort(index, kind="stable"))
     flags: list[inputs.Flag] = []
     if checks != "none":
-        near = _finite(threat, x)
+        near = dataclasses.replace(threat, epsilon=epsilon)
         key_checks = jax.random.fold_in(key, 2)
         flags = runner.examine(
             *(driver, logits, x, y, near, index, key_checks, axes)
@@ -243,13 +250,12 @@ def examined(
     return Board(driver, x, y, index, ones, logits, prediction, key_attack), flags
 
 
-def _finite(threat: ThreatModel, x: np.ndarray) -> ThreatModel:
-    """The threat; without a budget, with one of half of the data's range everywhere."""
-    epsilon = np.asarray(threat.epsilon, np.float32)
-    if np.isfinite(epsilon).all():
-        return threat
-    half = np.full((1, *x.shape[1:]), np.ptp(x) / 2, np.float32)
-    widest = float(threats.size(threat, jnp.asarray(half))[0])
-    return dataclasses.replace(
-        threat, epsilon=np.where(np.isfinite(epsilon), epsilon, np.float32(widest))
-    )
+def middle(threat: ThreatModel, x: Any) -> np.ndarray:
+    """A budget that leaves points: a quarter of the largest one that is asked for.
+
+    Where that is infinite: every coordinate moved by a 32nd of the data's range.
+    """
+    epsilon = np.asarray(threat.epsilon, np.float32) / 4
+    part = np.full((1, *np.shape(x)[1:]), np.ptp(np.asarray(x)) / 32, np.float32)
+    without = np.asarray(threats.size(threat, jnp.asarray(part)))[0]
+    return np.where(np.isfinite(epsilon), epsilon, without)

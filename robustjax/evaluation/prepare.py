@@ -112,12 +112,11 @@ def traced_attacks(
                     f"{tuple(np.shape(leaf))} for x of shape {x[rows].shape}: it must "
                     f"be {shape}."
                 )
-            kind = np.bool_ if field == "success" else np.floating
-            if not jnp.issubdtype(leaf.dtype, kind):
-                raise TypeError(
-                    f"attacks[{name!r}] returned {field} of {leaf.dtype}: it must be "
-                    f"{'bool' if field == 'success' else 'floats'}."
-                )
+        if found.success.dtype != np.bool_:
+            raise TypeError(
+                f"attacks[{name!r}] returned success of {found.success.dtype}: it must "
+                "be bool."
+            )
     return programs
 
 

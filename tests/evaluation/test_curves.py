@@ -9,6 +9,7 @@ from scipy import optimize
 import robustjax as rj
 from robustjax import testing
 from robustjax.certify.bracket import bracket
+from robustjax.evaluation import runner
 from robustjax.evaluation.curves import examined
 from robustjax.parallel import data_mesh
 
@@ -126,12 +127,53 @@ def test_a_random_model_is_judged_by_ten_draws():
         return x @ W + 0.5 * jax.random.normal(key, (len(x), 3))
 
     y = (X @ W).argmax(1)
-    rest = (WIDE, None, 64, None, "default", None, None)
+    rest = (WIDE, 0.5, None, 64, None, "default", None, None)
     board, flags = examined(noisy, X, y, *rest)
     assert "random" in [flag.name for flag in flags]
     assert len(board.driver.keys) == 10
     board, _ = examined(lambda x: x @ W, X, y, *rest)
     assert len(board.driver.keys) == 1
+
+
+class Enough(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("threat", "curve", "at"),
+    [
+        (rj.linf(0.08, -10, 10), rj.minimal_norm_curve, 0.02),
+        (rj.linf(np.inf, -10, 10), rj.minimal_norm_curve, np.ptp(X) / 32),
+        (rj.l2(np.inf, -10, 10), rj.minimal_norm_curve, np.ptp(X) / 32 * 20**0.5),
+        (rj.l2(4.0, -10, 10), bracket, 1.0),
+        (WIDE, lambda *given: rj.sweep_curve(*given, [1.0, 0.02, 0.01]), 0.02),
+    ],
+)
+def test_the_model_is_examined_where_points_are_left(monkeypatch, threat, curve, at):
+    """At the end of the axis all fall, and no two runs of an attack can disagree."""
+
+    def examine(driver, logits, x, y, threat, *rest):
+        assert np.asarray(threat.epsilon) == pytest.approx(at, rel=1e-5)
+        raise Enough
+
+    monkeypatch.setattr(runner, "examine", examine)
+    with pytest.raises(Enough):
+        curve(lambda x: x @ W, X, (X @ W).argmax(1), threat)
+
+
+def test_a_sweep_of_a_random_model_by_its_own_suite_says_nothing(monkeypatch):
+    def noisy(x, key):
+        return x @ W + 0.5 * jax.random.normal(key, (len(x), 3))
+
+    def evaluate(*given, **how):
+        raise Enough
+
+    monkeypatch.setattr(runner, "evaluate", evaluate)
+    given = noisy, X, (X @ W).argmax(1), WIDE, [0.1]
+    with pytest.raises(Enough):  # and no warning, which would be an error, before it
+        rj.sweep_curve(*given, suite="rand")
+    with pytest.warns(rj.ModelWarning, match="random"), pytest.raises(Enough):
+        rj.sweep_curve(*given, suite="fast")
 
 
 def test_a_sweep_says_where_square_alone_breaks():

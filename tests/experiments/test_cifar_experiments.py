@@ -245,7 +245,11 @@ def test_two_momenta_need_a_cycle():
         ({"boundaries": (1, 2)}, r"boundaries is \(1, 2\), .*'one_cycle' does not use"),
         (
             {"values": (1.0,), "schedule": "piecewise"},
-            r"values is \(1.0,\), .*; linear",
+            r"values is \(1.0,\), .* or --schedule linear",
+        ),
+        (
+            {"model": "resnet18", "activation": "silu"},
+            "activation is 'silu', but resnet18 has ReLU",
         ),
         ({"num_steps": 0}, "num_steps is 0; give 1 or more"),
         ({"num_epochs": 0}, "num_epochs is 0; give 1 or more"),
@@ -254,12 +258,14 @@ def test_two_momenta_need_a_cycle():
 def test_flags_that_would_change_nothing_or_train_nothing_are_refused(changes, message):
     given = recipe.Recipe("x", **changes)
     with pytest.raises(ValueError, match=message):
-        recipe.schedule(given, *recipe.length(given, 1000))
+        recipe.check_used(given)
+        recipe.length(given, 1000)
 
 
-def test_an_activation_that_a_net_has_not_is_refused():
-    with pytest.raises(ValueError, match="activation is 'silu', but resnet18 has ReLU"):
-        common.build_model("resnet18", "cifar10", activation="silu")
+def test_every_preset_uses_its_flags():
+    for module in MODULES:
+        for config in module.PRESETS.values():
+            recipe.check_used(config.recipe)
 
 
 def test_a_suite_goes_on_from_its_ledger(tmp_path, monkeypatch):
@@ -285,10 +291,14 @@ def test_a_suite_goes_on_from_its_ledger(tmp_path, monkeypatch):
             str(tmp_path), suite=suite, machine=Machine(num_devices=devices)
         )
         recipe.by_suite(given, ready, trained, None)
-    assert [path.relative_to(tmp_path).parts for path in asked] == [
-        ("ledger", "fast_step_3_images_7_devices_1"),
-        ("ledger", "standard_step_3_images_7_devices_4"),
+    assert all(path.parent == tmp_path / "ledger" for path in asked)
+    assert [path.name.split("_code_")[0] for path in asked] == [
+        "fast_step_3_images_7_devices_1",
+        "standard_step_3_images_7_devices_4",
     ]
+    monkeypatch.setattr(recipe, "code_digest", lambda: "of another revision")
+    recipe.by_suite(given, ready, trained, None)
+    assert asked[-1].name != asked[-2].name
 
 
 def test_lengths_and_schedules_follow_the_recipe():
