@@ -278,7 +278,7 @@ def test_images_of_one_channel_may_come_without_it():
     np.testing.assert_array_equal(
         whole.threats["threat"].x_adv[..., 0], flat.threats["threat"].x_adv
     )
-    assert runner._axes("HWC", X.reshape(COUNT, 36)) is None
+    assert runner.image_axes_of("HWC", X.reshape(COUNT, 36)) is None
 
 
 def test_a_ledger_sees_constants_inside_an_inner_jit(tmp_path):

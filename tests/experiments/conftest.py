@@ -1,9 +1,6 @@
-"""Whatever an experiment on ideas saves is checked against docs/results.md; compiled
-programs are kept, as a command keeps them."""
+"""Whatever an experiment on ideas saves is checked against docs/results.md."""
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import ideas
 from tests.experiments import schema
@@ -19,20 +16,3 @@ def checked_results(monkeypatch):
         return results
 
     monkeypatch.setattr(ideas, "save", checked)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kept_programs(tmp_path_factory):
-    """An experiment compiles the same programs for each of its nets."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "programs"),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # JAX asks for the folder once
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
