@@ -130,14 +130,8 @@ def bracket(
     key = jax.random.key(0) if key is None else key
     key_pgd, key_fab, key_judge = jax.random.split(key, 3)
     if checks != "none":
-        asked = (
-            jax.random.fold_in(key, 3),
-            batch_size,
-            index,
-            checks,
-            image_axes,
-            mesh,
-        )
+        own_key = jax.random.fold_in(key, 3)
+        asked = (own_key, batch_size, index, checks, image_axes, mesh)
         warn(examined(logits_fn, x, y, threat, middle(threat, x), *asked)[1])
     f, _ = prepare_model(logits_fn, x, y, batch_size)
 
