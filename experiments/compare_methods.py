@@ -34,7 +34,7 @@ from experiments.comparison import NORMS, claims_of, draw, summarize, table
 from experiments.contestants import CONTESTANTS, Setting, chosen
 from experiments.evaluate import BUDGETS
 from robustjax import data, models, plots
-from robustjax.logging import duration
+from robustjax.logging import duration, replacing
 from robustjax.training import monitors, optimizers, run_folder
 from robustjax.training.arguments import check_counts
 from robustjax.training.loop import fit
@@ -345,9 +345,8 @@ def judge(
         flags = [flag.name for flag in report.flags] + list(known.get("flags", ()))
         known |= {n: found.robust for n, found in report.threats.items()}
         known |= {"clean": report.correct, "flags": np.array(sorted(set(flags)), str)}
-        whole = path.with_name("saving.npz")  # killed while it writes, `path` is none
-        np.savez(whole, **known)
-        whole.replace(path)
+        with replacing(path) as whole, open(whole, "wb") as file:
+            np.savez(file, **known)
     right = {n: known[n] for n in ("clean", *norms)}
     if len(norms) > 1:
         right["union"] = np.logical_and.reduce([known[n] for n in norms])

@@ -1,5 +1,6 @@
 """What a run leaves behind: a live line, metrics as JSON lines, and its provenance."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -9,7 +10,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any, TextIO
 
@@ -48,11 +49,18 @@ def plain(value: Any) -> Any:
     return getattr(value, "__qualname__", None) or str(value)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON in one step: readers see the old file or the new one."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; readers of `path` see the old file or the whole new one."""
     temporary = path.with_name(path.name + ".saving")
-    temporary.write_text(json.dumps(plain(value), indent=2) + "\n")
+    yield temporary
     os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON in one step."""
+    with replacing(path) as whole:
+        whole.write_text(json.dumps(plain(value), indent=2) + "\n")
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
@@ -84,9 +92,8 @@ def keep_rows(
         return row["step"] < last_step + (not again)
 
     rows = [row for row in read_rows(path) if kept(row)]
-    temporary = path.with_name(path.name + ".saving")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(temporary, path)
+    with replacing(path) as whole:
+        whole.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 

@@ -1,9 +1,7 @@
 """What an evaluation found, as values, as a table and as files."""
 
-import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import numpy as np
 from robustjax.evaluation import html, table
 from robustjax.evaluation.checks import Flag
 from robustjax.evaluation.intervals import wilson
-from robustjax.logging import plain, provenance, write_json
+from robustjax.logging import plain, provenance, replacing, write_json
 
 SCHEMA_VERSION = 1
 PARTS = ("robust", "x_adv", "size", "margin", "rank", "adv_prediction", "epsilons")
@@ -243,10 +241,10 @@ class Report:
         origin = provenance()
         # The run began earlier: what provenance() calls so is the time of writing.
         origin["written"] = origin.pop("started")
-        with _replacing(folder / "examples.npz") as path, open(path, "wb") as file:
+        with replacing(folder / "examples.npz") as path, open(path, "wb") as file:
             np.savez_compressed(file, allow_pickle=False, **_arrays(self))
         write_json(folder / "report.json", self.summary() | {"provenance": origin})
-        with _replacing(folder / "report.html") as path:
+        with replacing(folder / "report.html") as path:
             path.write_text(html.render(self, plain(origin)), encoding="ascii")
         return folder
 
@@ -262,11 +260,3 @@ def _arrays(report: Report) -> dict[str, np.ndarray]:
         for attack, broken in found.broken_by.items():
             arrays[f"{name}/broken_by/{attack}"] = broken
     return arrays
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; readers see the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".saving")
-    yield temporary
-    os.replace(temporary, path)
