@@ -8,6 +8,11 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Plots go to files; a window would wait for somebody.
 os.environ["MPLBACKEND"] = "agg"
+# Most tests run many programs once, and LLVM's polish takes a third of that time; what
+# XLA makes of a program stays. Another value polishes all: scripts/test says how.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = os.environ.get(
+    "JAX_DISABLE_MOST_OPTIMIZATIONS", "1"
+)
 
 import hypothesis
 import jax
@@ -27,24 +32,18 @@ hypothesis.settings.load_profile("robustjax")
 MAPS = Path("/proc/self/maps")
 
 
-def without_polish():
-    """LLVM takes half of the time to compile; what XLA makes of a program stays."""
+@pytest.fixture(autouse=True)
+def polish(request, monkeypatch):
+    """Slow tests compute for minutes; those marked `polished` look at programs or
+    numbers as users get them."""
+    if not any(map(request.node.get_closest_marker, ("slow", "polished"))):
+        yield
+        return
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")  # for processes of theirs
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture
-def quick_compilation():
-    """For tests that run few steps of many programs."""
-    yield from without_polish()
-
-
-@pytest.fixture(scope="module")
-def quickly_compiled():
-    """For modules of such tests."""
-    yield from without_polish()
 
 
 @pytest.fixture(scope="module", autouse=True)

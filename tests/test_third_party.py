@@ -24,18 +24,29 @@ ATTACKS = {
     "targeted PGD-20": rj.multi_target(rj.pgd(20), 3),
 }
 
-pytestmark = pytest.mark.skipif(
-    not (SHARED / "reference").is_dir(),
-    reason="needs ../shared: third-party nets, data and AutoAttack's verdicts",
-)
+pytestmark = [
+    pytest.mark.polished,
+    pytest.mark.skipif(
+        not (SHARED / "reference").is_dir(),
+        reason="needs ../shared: third-party nets, data and AutoAttack's verdicts",
+    ),
+]
 
-# name, data set, threat, reference, examples that PGD may miss of those it breaks
+
+def _case(name, dataset, threat, reference, most_missed, marks=()):
+    """`most_missed`: how many of the examples that AutoAttack breaks PGD may miss."""
+    given = (name, dataset, threat, reference, most_missed)
+    return pytest.param(*given, id=f"{name}-{reference}", marks=marks)
+
+
+SLOW = pytest.mark.slow
+CONV, RESNET = "eran_cifar_convsmall_pgd", "vnncomp_cifar_resnet2b"
 CASES = [
-    ("eran_cifar_convsmall_pgd", "cifar10", rj.linf("2/255"), "Linf_2over255", 1),
-    ("eran_cifar_convsmall_pgd", "cifar10", rj.l2(0.25), "L2_0.25", 1),
-    ("eran_cifar_convsmall_pgd", "cifar10", rj.l1(5.0), "L1_5", 3),
-    ("vnncomp_cifar_resnet2b", "cifar10", rj.linf("2/255"), "Linf_2over255", 1),
-    ("kw_fashion_eps01", "fashion_mnist", rj.linf(0.1), "Linf_0.1", 2),
+    _case(CONV, "cifar10", rj.linf("2/255"), "Linf_2over255", 1),
+    _case(CONV, "cifar10", rj.l2(0.25), "L2_0.25", 1, SLOW),
+    _case(CONV, "cifar10", rj.l1(5.0), "L1_5", 3, SLOW),
+    _case(RESNET, "cifar10", rj.linf("2/255"), "Linf_2over255", 1, SLOW),
+    _case("kw_fashion_eps01", "fashion_mnist", rj.linf(0.1), "Linf_0.1", 2),
 ]
 
 
@@ -48,9 +59,7 @@ def _load(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "dataset", "threat", "reference", "most_missed"),
-    CASES,
-    ids=[f"{case[0]}-{case[3]}" for case in CASES],
+    ("name", "dataset", "threat", "reference", "most_missed"), CASES
 )
 def test_pgd_against_autoattack(name, dataset, threat, reference, most_missed):
     with np.load(SHARED / "reference" / f"{name}_{reference}.npz") as arrays:

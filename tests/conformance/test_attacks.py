@@ -84,6 +84,16 @@ ROWS = {
 # fmt: on
 CASES = [(name, norm) for name, row in ROWS.items() for norm in row.norms]
 cases = pytest.mark.parametrize(("name", "norm"), CASES)
+# Where the norm decides little: one for each attack, the others behind the marker.
+first_norms = pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        pytest.param(
+            name, norm, marks=() if norm == ROWS[name].norms[0] else pytest.mark.slow
+        )
+        for name, norm in CASES
+    ],
+)
 KINDS = ("pgd", "momentum", "adam", "multi_target", "noise, uniform", "apgd")
 
 
@@ -113,7 +123,7 @@ def test_no_budget_and_a_huge_one(name, norm):
             np.testing.assert_array_equal(result.x_adv, oracle.x)
 
 
-@cases
+@first_norms
 def test_bad_models_give_no_bad_points(name, norm):
     testing.check_bad_models(ROWS[name].attack_fn, norm)
 
@@ -163,7 +173,7 @@ def test_jit_equals_no_jit(name):
     chex.assert_type([plain.x_adv, plain.size, plain.score], jnp.float32)
 
 
-@cases
+@first_norms
 def test_four_devices_equal_one_and_never_talk(name, norm):
     """Bit-equal at the same rows per device, without a collective."""
     row = ROWS[name]

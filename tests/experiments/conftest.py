@@ -16,3 +16,10 @@ def checked_results(monkeypatch):
         return results
 
     monkeypatch.setattr(ideas, "save", checked)
+
+
+@pytest.fixture(autouse=True)
+def untimed_steps(request, monkeypatch):
+    """Timing a step compiles it once more; test_ideas.py has a test of it."""
+    if not request.node.get_closest_marker("slow"):
+        monkeypatch.setattr(ideas, "step_seconds", lambda *given, **more: 0.001)

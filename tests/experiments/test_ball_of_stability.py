@@ -11,7 +11,6 @@ def read(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_tiny_run_writes_everything(tmp_path):
     config = ball_of_stability.Config(
         out=str(tmp_path),

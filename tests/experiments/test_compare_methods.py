@@ -151,7 +151,7 @@ def test_a_training_that_diverges_is_a_result(tmp_path, monkeypatch):
         experiment.main(tiny(tmp_path, methods=("fast",), gradients_per_image=20))
 
 
-@pytest.mark.usefixtures("quick_compilation", "quick_evaluation")
+@pytest.mark.usefixtures("quick_evaluation")
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 def test_a_tiny_run_writes_everything_and_computes_nothing_twice(tmp_path, monkeypatch):
     # What is watched has tests of its own; the slow test below watches in earnest.
@@ -201,7 +201,6 @@ counted.defvjp(lambda logits: (logits, None), count_rows)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", CONTESTANTS)
 def test_an_update_costs_what_the_table_says(name):
     """Backward passes, counted as they run, in a linear model."""
@@ -236,7 +235,7 @@ def test_an_update_costs_what_the_table_says(name):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.usefixtures("quick_compilation", "quick_evaluation")
+@pytest.mark.usefixtures("quick_evaluation")
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 def test_every_method_runs(tmp_path):
     experiment.main(tiny(tmp_path, num_train=128, gradients_per_image=40))

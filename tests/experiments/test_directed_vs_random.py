@@ -60,7 +60,6 @@ def test_images_are_made_smaller_by_means_and_larger_between():
     np.testing.assert_allclose(experiment.exponent([1, 4, 16], [3, 6, 12]), 0.5)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_tiny_run_writes_everything(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "FACTORS", (1, 2))
     config = experiment.Config(

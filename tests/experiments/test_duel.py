@@ -8,7 +8,6 @@ import pytest
 from experiments import duel
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_tiny_run_writes_everything(tmp_path, monkeypatch):
     few = {name: duel.players()[name] for name in ("none", "FGSM", duel.REFERENCE)}
     few["10 short steps"] = few[duel.REFERENCE]

@@ -139,7 +139,6 @@ def test_paper_presets_are_the_published_rows():
     assert mnist.learning_rate == 1e-4
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_quickstart_writes_its_results_and_pictures(tmp_path, capsys):
     config = quickstart.Config(
         out=str(tmp_path),
@@ -181,7 +180,6 @@ def test_quickstart_writes_its_results_and_pictures(tmp_path, capsys):
     assert robust == pytest.approx(report["threats"]["Linf"]["robust_accuracy"])
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_madry_cifar_trains_reports_and_refuses_another_run(tmp_path, capsys):
     write_images(tmp_path, "cifar10", (32, 32, 3))
     out = tmp_path / "run"
@@ -210,7 +208,6 @@ def test_madry_cifar_trains_reports_and_refuses_another_run(tmp_path, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_madry_mnist_trains_reports_and_takes_a_run_up_again(
     tmp_path, capsys, monkeypatch
 ):
@@ -246,7 +243,6 @@ def test_evaluate_refuses_what_is_no_run(tmp_path):
         evaluate.main(evaluate.Config(run=str(tmp_path)))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_evaluate_reads_a_training_of_ones_own(tmp_path, monkeypatch):
     """Flags say what the run's folder does not; without them a message does."""
     (tmp_path / "mynets.py").write_text(

@@ -46,7 +46,6 @@ def test_the_surface_holds_the_losses_of_its_points():
     np.testing.assert_allclose(found, np.log1p(np.exp(gap)), rtol=1e-5)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_tiny_run_writes_everything(tmp_path):
     config = experiment.Config(
         out=str(tmp_path),

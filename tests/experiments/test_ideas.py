@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from experiments import common, ideas
-from robustjax import plots
+from experiments.ideas import step_seconds  # tests of experiments leave it out
+from robustjax import data, models, plots
+from robustjax.methods.standard import standard
 from tests.experiments import schema
 
 PAGES = schema.ROOT / "docs" / "ideas"
@@ -116,3 +118,20 @@ def test_the_index_names_an_experiment_once_and_by_its_own_picture():
     assert linked == shown
     assert len(set(linked)) == len(linked)
     assert set(NAMES) <= set(linked)
+
+
+def test_a_step_is_timed_on_a_batch():
+    mlp = models.mlp((4,))
+    method, shapes = standard(mlp), []
+
+    def grads(params, extra, carry, batch, *rest):
+        shapes.append(batch.x.shape)
+        return method.grads(params, extra, carry, batch, *rest)
+
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (20, 4, 4, 1), np.uint8)
+    train_set = data.resident(images, np.arange(20) % 10, 255)
+    counting = method._replace(grads=grads)
+    found = step_seconds(mlp, counting, train_set, batch_size=8, repeats=3)
+    assert 0 < found < 10
+    assert shapes == [(8, 4, 4, 1)]  # one trace

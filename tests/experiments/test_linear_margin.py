@@ -12,7 +12,6 @@ def read(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_tiny_run_writes_everything(tmp_path):
     config = linear_margin.Config(
         out=str(tmp_path), num_epochs=1, num_examples=8, attack_steps=2, box_steps=2

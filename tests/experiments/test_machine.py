@@ -75,7 +75,6 @@ def test_methods_are_cut():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_run_goes_on_on_another_machine(tmp_path):
     write_images(tmp_path, "mnist", (28, 28, 1))
     config = madry_mnist.Config(

@@ -11,7 +11,6 @@ from robustjax.evaluation.transfer import TransferMatrix
 from tests.experiments import schema
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_tiny_run_writes_everything(tmp_path):
     config = momentum_transfer.Config(
         out=str(tmp_path),

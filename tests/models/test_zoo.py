@@ -19,6 +19,8 @@ from robustjax.models.layers import (
     normalize,
 )
 
+pytestmark = pytest.mark.polished
+
 KEY = jax.random.key(0)
 # Compiling is what takes the time here.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -21,6 +21,8 @@ from robustjax.models.importers import (
 )
 from robustjax.models.importers.architectures import ARCHITECTURES, leaves
 
+pytestmark = pytest.mark.polished
+
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "importers"
 CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2471, 0.2435, 0.2616)}
 # Compiling is what takes the time here.
