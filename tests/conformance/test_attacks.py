@@ -106,7 +106,7 @@ def test_reaches_the_exact_worst_case(name, norm):
         testing.check_feasible(row.attack_fn, oracle)
 
 
-@cases
+@first_norms
 def test_rows_are_independent(name, norm):
     oracle = testing.linear_oracle(norm, box_active=True)
     testing.check_independent(ROWS[name].attack_fn, oracle)

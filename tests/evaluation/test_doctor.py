@@ -212,8 +212,8 @@ def test_square_after_gradients():
     ("seed", "widths", "epsilon", "activation"),
     [
         (11, (96,), 0.0, jax.nn.relu),
-        (12, (64, 64, 32), 0.0, jax.nn.silu),
-        (13, (64, 48), 0.1, jax.nn.relu),
+        pytest.param(12, (64, 64, 32), 0.0, jax.nn.silu, marks=pytest.mark.slow),
+        pytest.param(13, (64, 48), 0.1, jax.nn.relu, marks=pytest.mark.slow),
     ],
 )
 def test_no_false_alarm_on_nets_trained_here(seed, widths, epsilon, activation):

@@ -1,7 +1,10 @@
 """Whatever an experiment on ideas saves is checked against docs/results.md."""
 
+import functools
+
 import pytest
 
+import robustjax as rj
 from experiments import ideas
 from tests.experiments import schema
 
@@ -23,3 +26,9 @@ def untimed_steps(request, monkeypatch):
     """Timing a step compiles it once more; test_ideas.py has a test of it."""
     if not request.node.get_closest_marker("slow"):
         monkeypatch.setattr(ideas, "step_seconds", lambda *given, **more: 0.001)
+
+
+@pytest.fixture
+def without_doctor(monkeypatch):
+    """It examines a model in test_cifar_experiments.py; it compiles for seconds."""
+    monkeypatch.setattr(rj, "evaluate", functools.partial(rj.evaluate, checks="none"))

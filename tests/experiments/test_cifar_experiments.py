@@ -335,6 +335,7 @@ def cheap_validation(monkeypatch):
     monkeypatch.setattr(watching, "validator", validator)
 
 
+@pytest.mark.slow  # madry_cifar's attack has one step, too, and its test runs always
 @pytest.mark.usefixtures("cheap_validation")
 def test_a_single_step_run_is_watched_and_refuses_another(
     tmp_path, capsys, monkeypatch

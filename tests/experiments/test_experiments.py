@@ -170,6 +170,7 @@ def test_quickstart_writes_its_results_and_pictures(tmp_path, capsys):
             num_steps=2,
             num_test=20,
             batch_size=20,
+            checks="none",
         )
     )
     assert set(report["threats"]) == {"Linf", "L0"}
@@ -180,6 +181,7 @@ def test_quickstart_writes_its_results_and_pictures(tmp_path, capsys):
     assert robust == pytest.approx(report["threats"]["Linf"]["robust_accuracy"])
 
 
+@pytest.mark.usefixtures("without_doctor")
 def test_madry_cifar_trains_reports_and_refuses_another_run(tmp_path, capsys):
     write_images(tmp_path, "cifar10", (32, 32, 3))
     out = tmp_path / "run"
@@ -208,6 +210,7 @@ def test_madry_cifar_trains_reports_and_refuses_another_run(tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.usefixtures("without_doctor")
 def test_madry_mnist_trains_reports_and_takes_a_run_up_again(
     tmp_path, capsys, monkeypatch
 ):

@@ -90,6 +90,7 @@ def test_the_largest_axis_that_divides_is_shared():
     assert tuple(few["odd"].spec) == (None, "data")
 
 
+@pytest.mark.polished  # the states part by rounding
 def test_shared_weights_train_as_whole_ones_and_go_on_on_other_devices(tmp_path):
     whole = train()
     shared = train(tmp_path, mesh=mesh(4), shard_params=True)
