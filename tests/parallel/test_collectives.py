@@ -32,6 +32,8 @@ from robustjax.training.state import create_state, placement, sharing
 from robustjax.training.step import make_train_step
 from tests.parallel.hlo import collectives
 
+pytestmark = pytest.mark.polished
+
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 ROWS, SHAPE = 16, (8, 8, 1)
 
