@@ -25,7 +25,8 @@ def fast(
     Args:
       model, threat: what is trained, against what.
       step_size: fraction of epsilon; above 1.25 it overfits earlier.
-      bn_mode: BatchNorm inside the attack.
+      bn_mode: BatchNorm inside the attack. The authors' "batch" collapsed in two of
+        three short trainings here; one repeated with "eval" did not (docs/results.md).
       outer: what the weights lower, `(logits, y) -> [B]`.
 
     Returns:

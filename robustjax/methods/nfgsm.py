@@ -56,7 +56,8 @@ def nfgsm(
       model, threat: what is trained, against what.
       noise: how far the uniform noise reaches, in units of epsilon.
       step_size: of the one step, in units of epsilon.
-      bn_mode: BatchNorm inside the attack.
+      bn_mode: BatchNorm inside the attack. The authors' "batch" collapsed in one of
+        three short trainings here; repeated with "eval" it did not (docs/results.md).
       outer: what the weights lower, `(logits, y) -> [B]`.
 
     Returns:
