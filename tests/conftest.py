@@ -34,9 +34,10 @@ MAPS = Path("/proc/self/maps")
 
 @pytest.fixture(autouse=True)
 def polish(request, monkeypatch):
-    """Slow tests compute for minutes; those marked `polished` look at programs or
-    numbers as users get them."""
-    if not any(map(request.node.get_closest_marker, ("slow", "polished"))):
+    """Slow tests compute for minutes, but for those marked `quick`; those marked
+    `polished` look at programs or numbers as users get them."""
+    marked = request.node.get_closest_marker
+    if not (marked("polished") or (marked("slow") and not marked("quick"))):
         yield
         return
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")  # for processes of theirs

@@ -375,6 +375,7 @@ def test_a_run_is_measured_and_read_by_evaluate(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.quick
 @pytest.mark.usefixtures("cheap_validation")
 @pytest.mark.parametrize(
     ("module", "changes"),
@@ -403,6 +404,7 @@ def test_every_method_is_trained(module, changes, tmp_path, capsys, monkeypatch)
 
 
 @pytest.mark.slow
+@pytest.mark.quick
 def test_several_norms_are_measured_with_their_union(tmp_path, capsys):
     write_images(tmp_path, "cifar10", (32, 32, 3))
     results = multinorm_cifar.main(tiny(multinorm_cifar, tmp_path, attack_steps=1))
@@ -452,6 +454,7 @@ def test_step_sizes_are_one_for_each_norm():
 
 
 @pytest.mark.slow
+@pytest.mark.quick
 @pytest.mark.usefixtures("cheap_validation")
 @pytest.mark.parametrize("source", ["self", "file"])
 def test_generated_images_join_every_batch(source, tmp_path, capsys, monkeypatch):
@@ -521,6 +524,7 @@ def test_mistakes_raise_before_the_helper_is_trained(
 
 
 @pytest.mark.slow
+@pytest.mark.quick
 @pytest.mark.usefixtures("cheap_validation")
 def test_the_helper_is_trained_once(tmp_path, capsys, monkeypatch):
     write_images(tmp_path, "cifar10", (32, 32, 3))

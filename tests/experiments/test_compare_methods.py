@@ -201,6 +201,7 @@ counted.defvjp(lambda logits: (logits, None), count_rows)
 
 
 @pytest.mark.slow
+@pytest.mark.quick
 @pytest.mark.parametrize("name", CONTESTANTS)
 def test_an_update_costs_what_the_table_says(name):
     """Backward passes, counted as they run, in a linear model."""
@@ -234,6 +235,7 @@ def test_an_update_costs_what_the_table_says(name):
 
 
 @pytest.mark.slow
+@pytest.mark.quick
 @pytest.mark.timeout(3600)
 @pytest.mark.usefixtures("quick_evaluation")
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")

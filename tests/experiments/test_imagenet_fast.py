@@ -133,6 +133,7 @@ def test_a_collapse_in_the_last_epoch_is_not_carried_on(stop, expected):
 
 
 @pytest.mark.slow
+@pytest.mark.quick
 def test_three_phases_begin_where_the_one_before_ended(tmp_path, capsys, monkeypatch):
     write_folder(tmp_path / "images")
     monkeypatch.setattr(models, "resnet50", colors)

@@ -75,6 +75,7 @@ def test_methods_are_cut():
 
 
 @pytest.mark.slow
+@pytest.mark.quick
 def test_a_run_goes_on_on_another_machine(tmp_path):
     write_images(tmp_path, "mnist", (28, 28, 1))
     config = madry_mnist.Config(

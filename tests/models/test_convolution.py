@@ -27,10 +27,6 @@ def close(actual, expected, tolerance=2e-5):
     np.testing.assert_allclose(actual, expected, atol=tolerance * scale, rtol=0)
 
 
-# Compiling is what takes the time here.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
 def normal(seed, shape):
     """NumPy's numbers: JAX would compile a program for every shape."""
     return np.random.default_rng(seed).normal(size=shape).astype("float32")
@@ -51,7 +47,7 @@ def derivatives(function, x, kernel, cotangent, *, twice):
         second = jax.grad(penalty, (0, 1))(x, kernel) if twice else ()
         return function(x, kernel), gradients, second
 
-    return jax.jit(all_of_them, compiler_options=QUICK)(x, kernel)
+    return jax.jit(all_of_them)(x, kernel)
 
 
 def canonical(x, kernel, geometry):
@@ -164,7 +160,7 @@ def test_under_vmap_over_inputs_and_over_kernels(name):
         def both(x, k):
             return jax.vmap(one)(x, k), jax.vmap(one, (0, None))(x, k[0])
 
-        return jax.jit(both, compiler_options=QUICK)(x, kernel)
+        return jax.jit(both)(x, kernel)
 
     jax.tree.map(close, gradients(canonical_convolution), gradients(direct))
 

@@ -32,9 +32,6 @@ from robustjax.training.state import create_state, placement, sharing
 from robustjax.training.step import make_train_step
 from tests.parallel.hlo import collectives
 
-pytestmark = pytest.mark.polished
-
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 ROWS, SHAPE = 16, (8, 8, 1)
 
 
@@ -56,7 +53,7 @@ class Net(nn.Module):
 def program(fn, mesh, whole, rows):
     """The optimised text of `fn(whole, rows)`, rows divided over the mesh."""
     arguments = put_global(whole, replicated(mesh)), put_global(rows, split_rows(mesh))
-    jitted = jax.jit(fn, compiler_options=QUICK)
+    jitted = jax.jit(fn)
     return jitted.lower(*arguments).compile().as_text()
 
 
@@ -64,7 +61,7 @@ def program(fn, mesh, whole, rows):
 def weights(groups, width=4):
     model = from_linen(Net(groups, width))
     x = jnp.zeros((ROWS, *SHAPE))
-    return model, jax.jit(model.init, compiler_options=QUICK)(jax.random.key(0), x)
+    return model, jax.jit(model.init)(jax.random.key(0), x)
 
 
 def transfer(key, problem):
@@ -125,7 +122,6 @@ def dispatched(method, model, mesh, shard_params=False, *, shape=SHAPE, steps=1)
         augment=augment.compose(augment.random_crop, augment.random_flip),
         mix=None,
         mesh=mesh,
-        compiler_options=QUICK,
     )
 
     def fresh():
@@ -134,7 +130,7 @@ def dispatched(method, model, mesh, shard_params=False, *, shape=SHAPE, steps=1)
         )
 
     run.placement = placement(jax.eval_shape(fresh), mesh, shard_params)
-    state = jax.jit(fresh, compiler_options=QUICK)()
+    state = jax.jit(fresh)()
     state = put_global(state, run.placement)
     run(state, 0, 1)
     return collectives(run.compiled.as_text())
