@@ -16,6 +16,7 @@ from robustjax.attacks.base import AttackFn
 from robustjax.methods.awp import awp
 from robustjax.methods.base import Method
 from robustjax.methods.curriculum import (
+    cat_step_size,
     curriculum,
     growing,
     in_turn,
@@ -150,11 +151,11 @@ def l2_first(s: Setting) -> Callable:
 
 
 def cat(s: Setting) -> Method:
-    """0, 1, ..., 7 attack steps, row by row fewer."""
+    """0, 1, ..., 7 attack steps, row by row fewer, of sizes that are drawn."""
     steps = growing(0, STEPS, s.num_updates)
 
     def build(step):
-        attack_fn = variable_pgd(steps(step), 2 / 8, mixed=True)
+        attack_fn = variable_pgd(steps(step), cat_step_size, mixed=True)
         return madry(s.model, s.linf, attack_fn)
 
     return curriculum(build)
@@ -231,7 +232,9 @@ CONTESTANTS: dict[str, Contestant] = {
         *(8, "as madry; certified training needs it (1810.12715)"),
     ),
     "cat": Contestant(
-        cat, (STEPS + 2) / 2, "above madry (1805.04807)", multiple=STEPS + 1
+        *(cat, (STEPS + 2) / 2, "above madry (1805.04807)"),
+        multiple=STEPS + 1,
+        version=2,  # 1: steps of a quarter of epsilon
     ),
     "ema": Contestant(
         plain,

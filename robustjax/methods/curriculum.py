@@ -14,7 +14,13 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from robustjax.attacks.base import AttackFn, Result, evaluate_point, select
+from robustjax.attacks.base import (
+    Attack,
+    AttackFn,
+    Result,
+    evaluate_point,
+    select,
+)
 from robustjax.attacks.gradient import gradient_ascent, sparse_steepest
 from robustjax.methods.base import Method, Stages
 from robustjax.problems import Problem, example_keys
@@ -170,9 +176,25 @@ def growing(first: int, final: int, num_steps: int) -> Callable[[Array], Array]:
     return at
 
 
+def cat_step_size(key: Key, num_steps: Array) -> Array:
+    """CAT's draw: `2 / k * U(1, 10 / k)` of epsilon for an attack of k steps.
+
+    Whatever k, every row can reach the face of the ball.
+
+    Source: perturb_true in the code of Cai et al. 2018, arXiv:1805.04807.
+
+    >>> keys = jax.random.split(jax.random.key(0), 1000)
+    >>> drawn = jax.vmap(cat_step_size, in_axes=(0, None))(keys, jnp.int32(4))
+    >>> [round(float(v), 2) for v in (drawn.min(), drawn.mean(), drawn.max())]
+    [0.5, 0.88, 1.25]
+    """
+    k = jnp.maximum(num_steps, 1)
+    return 2 / k * (1 + (10 / k - 1) * jax.random.uniform(key))
+
+
 def variable_pgd(
     num_steps: int | Array,
-    step_size: float | Array | None = None,
+    step_size: float | Array | Callable[[Key, Array], Array] | None = None,
     *,
     mixed: bool = False,
     random_start: bool = True,
@@ -185,7 +207,8 @@ def variable_pgd(
 
     Args:
       num_steps: int32 scalar, such as `growing(0, 7, 1000)(step)`.
-      step_size: fraction of epsilon; None: `2.5 / num_steps`, at most 1.
+      step_size: fraction of epsilon, or a function such as `cat_step_size` of a row's
+        key and number of steps that draws it; None: `2.5 / num_steps`, at most 1.
       mixed: row by row a number drawn uniformly from 0 to `num_steps`, so that weaker
         attacks are not forgotten; it costs what `num_steps` for all costs.
       random_start, density: as for `pgd`.
@@ -200,8 +223,8 @@ def variable_pgd(
 
     Differs from the authors' code: the number of steps is a function of the training
     step; theirs grows when validation has not improved for 10 epochs, and goes on from
-    the best weights. Theirs splits the batch into equal parts for 0 to k steps, and
-    draws a step size for every batch.
+    the best weights. Theirs splits the batch into equal parts for 0 to k steps, draws a
+    step size for each part and not for each row, and attacks in mode batch.
 
     >>> import robustjax as rj
     >>> x, y = jnp.full((1, 2), 0.5), jnp.array([0])
@@ -215,12 +238,12 @@ def variable_pgd(
     count = jnp.asarray(num_steps, jnp.int32)
     if step_size is None:
         step_size = jnp.minimum(1.0, 2.5 / jnp.maximum(count, 1))
-    kernel = gradient_ascent(
-        lambda norm: optax.chain(
-            sparse_steepest(norm, density), optax.scale(step_size)
-        ),
-        random_start,
-    )
+
+    def moving(size: float | Array) -> Attack:
+        return gradient_ascent(
+            lambda norm: optax.chain(sparse_steepest(norm, density), optax.scale(size)),
+            random_start,
+        )
 
     def attack_fn(key: Key, problem: Problem) -> Result:
         key = jax.random.fold_in(key, 0)  # as the one run of `pgd`: the same noise
@@ -229,6 +252,12 @@ def variable_pgd(
             key, key_mix = jax.random.split(key)
             keys = example_keys(key_mix, problem.index)
             own = jax.vmap(lambda k: jax.random.randint(k, (), 0, count + 1))(keys)
+        if callable(step_size):
+            key, key_size = jax.random.split(key)
+            drawn = jax.vmap(step_size)(example_keys(key_size, problem.index), own)
+            kernel = moving(drawn.reshape(drawn.shape + (1,) * (problem.x.ndim - 1)))
+        else:
+            kernel = moving(step_size)
         key_init, key_steps, key_final = jax.random.split(key, 3)
         state = kernel.init(key_init, problem)
         clean = jnp.zeros_like(problem.x)

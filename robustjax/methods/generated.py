@@ -134,8 +134,12 @@ def _mask(batch: Batch) -> Array:
 
 
 def carmon(model: Model) -> Method:
-    """Carmon et al. 2019, arXiv:1905.13736: TRADES, half of a batch pseudo-labeled."""
-    return with_stream(trades(model, linf(0.031)))
+    """Carmon et al. 2019, arXiv:1905.13736: TRADES, half of a batch pseudo-labeled.
+
+    Their TRADES passes the attacked images first, then the natural ones, once.
+    """
+    moved_by = ("adversarial", "natural")
+    return with_stream(trades(model, linf(0.031), moved_by=moved_by))
 
 
 def rebuffi(model: Model) -> Method:

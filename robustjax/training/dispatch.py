@@ -1,6 +1,7 @@
 """One compiled program for any stretch of steps, with metrics summed on the device."""
 
 import collections
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -80,12 +81,20 @@ class Dispatcher:
         if isinstance(data, Resident):
             sets = {name: other for name, (other, _) in streams.items()}
             self.data = put_global((data, sets), self.sharding)
-            n = data.x.shape[0]
-
-            def rows(start: Array) -> Array:
-                return batch_indices(order_key, start, self.window, n, batch_size)
-
-            self.make_rows = jax.jit(rows, out_shardings=self.sharding)
+            # Of a function of the module and not a closure: trainings of one shape
+            # share the program.
+            self.make_rows = functools.partial(
+                jax.jit(
+                    _rows,
+                    static_argnames=("impl", "window", "n", "batch_size"),
+                    out_shardings=self.sharding,
+                ),
+                np.asarray(jax.random.key_data(order_key)),
+                impl=jax.random.key_impl(order_key),
+                window=self.window,
+                n=data.x.shape[0],
+                batch_size=batch_size,
+            )
         self.totals: Totals | None = None
         self.names: list[str] = []
         self.compiled: Any = None
@@ -301,6 +310,14 @@ def _watched(state: TrainState, metrics: PyTree) -> dict[str, PyTree]:
         lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) else jnp.zeros(()),
         watched,
     )
+
+
+def _rows(
+    key: Array, start: Array, *, impl: Any, window: int, n: int, batch_size: int
+) -> Array:
+    """Of the steps from `start` on; `key` as words, which all processes may share."""
+    key = jax.random.wrap_key_data(key, impl=impl)
+    return batch_indices(key, start, window, n, batch_size)
 
 
 def _cleared(totals: Totals | None) -> Totals:

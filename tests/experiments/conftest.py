@@ -1,4 +1,8 @@
-"""Whatever an experiment on ideas saves is checked against docs/results.md."""
+"""Whatever an experiment on ideas saves is checked against docs/results.md.
+
+Tiny runs compile for half a minute each. Of the experiments on ideas those of
+directed_vs_random, gradient_map and linear_margin run always, the others' are slow.
+"""
 
 import functools
 
@@ -24,7 +28,8 @@ def checked_results(monkeypatch):
 @pytest.fixture(autouse=True)
 def untimed_steps(request, monkeypatch):
     """Timing a step compiles it once more; test_ideas.py has a test of it."""
-    if not request.node.get_closest_marker("slow"):
+    marked = request.node.get_closest_marker
+    if marked("quick") or not marked("slow"):
         monkeypatch.setattr(ideas, "step_seconds", lambda *given, **more: 0.001)
 
 

@@ -11,6 +11,8 @@ def read(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow  # tests/experiments/conftest.py says which run always
+@pytest.mark.quick
 def test_a_tiny_run_writes_everything(tmp_path):
     config = ball_of_stability.Config(
         out=str(tmp_path),

@@ -46,6 +46,8 @@ def test_what_cannot_be_summarized_is_not_trained(changes, message):
         experiment.main(experiment.Config(**changes))
 
 
+@pytest.mark.slow  # tests/experiments/conftest.py says which run always
+@pytest.mark.quick
 def test_a_tiny_run_writes_everything(tmp_path):
     config = experiment.Config(
         out=str(tmp_path),

@@ -8,6 +8,8 @@ import pytest
 from experiments import duel
 
 
+@pytest.mark.slow  # tests/experiments/conftest.py says which run always
+@pytest.mark.quick
 def test_a_tiny_run_writes_everything(tmp_path, monkeypatch):
     few = {name: duel.players()[name] for name in ("none", "FGSM", duel.REFERENCE)}
     few["10 short steps"] = few[duel.REFERENCE]

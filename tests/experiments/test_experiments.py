@@ -210,6 +210,8 @@ def test_madry_cifar_trains_reports_and_refuses_another_run(tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.slow  # as madry_cifar, whose run stands above
+@pytest.mark.quick
 @pytest.mark.usefixtures("without_doctor")
 def test_madry_mnist_trains_reports_and_takes_a_run_up_again(
     tmp_path, capsys, monkeypatch

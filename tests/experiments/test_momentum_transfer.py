@@ -11,6 +11,8 @@ from robustjax.evaluation.transfer import TransferMatrix
 from tests.experiments import schema
 
 
+@pytest.mark.slow  # tests/experiments/conftest.py says which run always
+@pytest.mark.quick
 def test_a_tiny_run_writes_everything(tmp_path):
     config = momentum_transfer.Config(
         out=str(tmp_path),

@@ -13,6 +13,8 @@ TINY = dict(
 )  # fmt: skip
 
 
+@pytest.mark.slow  # tests/experiments/conftest.py says which run always
+@pytest.mark.quick
 def test_a_tiny_run_writes_everything(tmp_path, monkeypatch):
     monkeypatch.setattr(disguise, "NORMS", {"L2": disguise.NORMS["L2"]})
     monkeypatch.setattr(disguise, "POWER", {"L2": disguise.POWER["L2"]})

@@ -9,6 +9,7 @@ from robustjax.attacks.base import Result, last, select
 from robustjax.attacks.pgd import pgd
 from robustjax.methods.awp import awp
 from robustjax.methods.curriculum import (
+    cat_step_size,
     curriculum,
     growing,
     in_turn,
@@ -191,6 +192,51 @@ def test_mixed_rows_have_all_numbers_of_steps_by_example():
     assert np.abs(np.bincount(counts) - 100).max() < 50  # 5.8 standard deviations
     turned = np.asarray(jnp.round(sizes(index[::-1]) / 0.01)).astype(int)
     np.testing.assert_array_equal(turned[::-1], counts)
+
+
+@pytest.mark.parametrize("k", [1, 3, 7, 40])
+def test_cat_draws_step_sizes_as_its_authors(k):
+    """np.random.uniform(1, 10 / k) * 2 / k, which falls from k = 11 on."""
+    keys = jax.random.split(jax.random.key(0), 2000)
+    drawn = jax.vmap(cat_step_size, in_axes=(0, None))(keys, jnp.int32(k))
+    ends = sorted((2 / k, 2 / k * 10 / k))
+    spread = (ends[1] - ends[0]) / 100
+    np.testing.assert_allclose([drawn.min(), drawn.max()], ends, atol=spread)
+    assert abs(float(drawn.mean()) - sum(ends) / 2) < 3 * spread
+
+
+def test_cats_attack_is_the_one_by_hand():
+    """Row by row: a number of steps, a step size, a start, sign ascent, two clips."""
+    key = jax.random.key(2)
+    given = problem(linf(0.1))._replace(index=jnp.arange(ROWS, dtype=jnp.int32))
+    attack_fn = variable_pgd(3, cat_step_size, mixed=True)
+    found = jax.jit(lambda key: attack_fn(key, given).x_adv)(key)
+
+    key, key_mix = jax.random.split(jax.random.fold_in(key, 0))
+    key, key_size = jax.random.split(key)
+    mix, sizes = (example_keys(k, given.index) for k in (key_mix, key_size))
+    starts = example_keys(jax.random.split(key, 3)[0], given.index)
+    first, second = (np.asarray(w, np.float64) for w in weights().values())
+    expected, numbers = [], set()
+    for row in range(ROWS):
+        number = int(jax.random.randint(mix[row], (), 0, 4))
+        numbers.add(number)
+        clean = np.asarray(given.x[row], np.float64)
+        low, high = np.maximum(clean - 0.1, 0), np.minimum(clean + 0.1, 1)
+        x = clean
+        if number:
+            size = 0.1 * float(cat_step_size(sizes[row], jnp.int32(number)))
+            one = slice(row, row + 1)
+            x = clean + random_start(given.threat, starts[one], given.x[one])[0]
+        for _ in range(number):
+            hidden = np.tanh(x @ first)
+            p = np.exp(hidden @ second)
+            wrong = p / p.sum() - np.eye(3)[int(given.y[row])]
+            gradient = first @ ((1 - hidden**2) * (second @ wrong))
+            x = np.clip(x + size * np.sign(gradient), low, high)
+        expected.append(x)
+    assert numbers == {0, 1, 2, 3}
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_the_cost_is_that_of_the_steps():

@@ -52,6 +52,7 @@ def steps(num_steps, step, random_start=False):
 # BatchNorm: how it runs in the attack, and which passes move its running statistics.
 BOTH = ("natural", "adversarial")
 TRADES = {"bn_mode": "eval", "moved_by": (*BOTH, "natural"), "start_noise": 1e-3}
+CARMON = {**TRADES, "moved_by": BOTH[::-1]}
 MART = {"bn_mode": "eval", "moved_by": BOTH, "start_noise": 1e-3}
 HAT = {"bn_mode": "eval", "moved_by": (*BOTH, "helped"), "start_noise": 1e-3}
 WANG = {"bn_mode": "batch", "moved_by": BOTH, "start_noise": None}
@@ -103,9 +104,9 @@ PRESETS = {
         [linf(8 / 255)],
         given("hat", beta=2.5, gamma=0.5, reach=2, **HAT) | steps(10, 2 / 255),
     ),
-    "generated.carmon": (  # which passes move the statistics: as TRADES has it
+    "generated.carmon": (
         [linf(0.031)],
-        given("trades", beta=6, bn_mode="eval", start_noise=1e-3)
+        given("trades", beta=6, **CARMON)
         | given("with_stream", smoothing=0)
         | steps(10, 0.007),
     ),

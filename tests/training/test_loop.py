@@ -21,7 +21,7 @@ from robustjax.metrics import mean_of
 from robustjax.models.base import Model, logits_fn
 from robustjax.parallel import data_mesh, put_global, replicated
 from robustjax.threats import linf
-from robustjax.training import checkpoint
+from robustjax.training import checkpoint, dispatch
 from robustjax.training.optimizers import sgd
 from robustjax.training.step import ramped
 from robustjax.training.weights import load_weights
@@ -355,6 +355,19 @@ def test_four_devices_are_one(train, model):
     assert len(jax.tree.leaves(four.params)[0].devices()) == 4
     with pytest.raises(ValueError, match="batch_size 18 .* 4 devices"):
         train(mesh=data_mesh(), batch_size=18)
+
+
+def test_trainings_of_one_shape_share_the_program_of_their_order(train, monkeypatch):
+    """Whatever their keys: it is traced once."""
+    traced, indices = [], dispatch.batch_indices
+    monkeypatch.setattr(
+        dispatch,
+        "batch_indices",
+        lambda *of: traced.append(of[2:]) or indices(*of),
+    )
+    for seed in (1, 2):
+        train(key=jax.random.key(seed), batch_size=13, num_steps=2)
+    assert [batch_size for *_, batch_size in traced] == [13]
 
 
 def test_batches_from_the_host(train, data):
