@@ -1,10 +1,13 @@
 """Logit pairing: two inputs shall have the same logits."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-from robustjax.attacks.base import AttackFn
-from robustjax.losses import finite
+from robustjax.attacks.base import AttackFn, last
+from robustjax.attacks.pgd import pgd
+from robustjax.losses import cross_entropy, finite
 from robustjax.methods.base import (
     Aux,
     BnMode,
@@ -13,15 +16,16 @@ from robustjax.methods.base import (
     from_loss,
     from_stages,
     label_loss,
+    smoothed,
     total_loss,
 )
 from robustjax.methods.madry import cifar_code
-from robustjax.methods.minimax import inner_attack, raise_loss
+from robustjax.methods.minimax import Raise, inner_attack, raise_loss
 from robustjax.metrics import Mean, mean_of, value
 from robustjax.models.base import Model, require_model
 from robustjax.problems import example_keys
-from robustjax.threats import ThreatModel
-from robustjax.types import Array, LossFn
+from robustjax.threats import ThreatModel, linf
+from robustjax.types import Array, Batch, Key, LogitsFn, LossFn
 
 
 def adversarial_logit_pairing(
@@ -30,6 +34,7 @@ def adversarial_logit_pairing(
     attack_fn: AttackFn | None = None,
     *,
     strength: float = 0.5,
+    raised: Raise | None = None,
     bn_mode: BnMode = "eval",
     outer: LossFn = label_loss,
 ) -> Method:
@@ -40,8 +45,10 @@ def adversarial_logit_pairing(
 
     Args:
       model, threat: what is trained, against what.
-      attack_fn: the inner maximization, of the cross-entropy; None: `cifar_code()`.
+      attack_fn: the inner maximization; None: `cifar_code()`.
       strength: weight of the pairing.
+      raised: what the attack raises; None: the cross-entropy. The authors' attack is
+        targeted: `least_likely`.
       bn_mode: BatchNorm inside the attack.
       outer: the loss, `(logits, y) -> [B]`; `smoothed(0.1)` on ImageNet.
 
@@ -52,13 +59,14 @@ def adversarial_logit_pairing(
     arXiv:1803.06373. Engstrom, Ilyas and Athalye 2018, arXiv:1807.10272, break the
     authors' ImageNet model: evaluate with strong attacks.
 
-    Differs from the authors' code: untargeted attacks by default.
+    Differs from the authors' code: untargeted attacks by default; `imagenet64` has
+    their settings.
     """
     attack = inner_attack(
         model,
         cifar_code() if attack_fn is None else attack_fn,
         threat,
-        raise_loss(),
+        raise_loss() if raised is None else raised,
         bn_mode=bn_mode,
     )
 
@@ -75,6 +83,27 @@ def adversarial_logit_pairing(
         return total, Aux(extra, carry, metrics)
 
     return from_stages(Stages(attack, loss))
+
+
+def least_likely(frozen: LogitsFn, batch: Batch, key: Key) -> Callable[[Array], Array]:
+    """Lower the loss of the class that is least likely at the clean example."""
+    target = jnp.argmin(frozen(batch.x), axis=-1)
+    return lambda logits: -cross_entropy(logits, target)
+
+
+def imagenet64(model: Model) -> Method:
+    """Kannan et al.'s settings for ImageNet at 64 x 64, the only ones in their code.
+
+    Ten steps of 2/255 towards the least likely class from a random start, epsilon
+    16/255, weight 0.5, labels smoothed by 0.1.
+    """
+    return adversarial_logit_pairing(
+        model,
+        linf("16/255"),
+        pgd(10, 2 / 16, keep=last),
+        raised=least_likely,
+        outer=smoothed(0.1),
+    )
 
 
 def clean_logit_pairing(

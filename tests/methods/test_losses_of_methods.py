@@ -2,7 +2,7 @@
 
 The transcriptions follow the papers and what the authors' code does step by step: sums
 and reductions, what is a constant, which passes run BatchNorm in train mode, and which
-move the running statistics. They share with the library the net, nothing else.
+move the running statistics. They share with the library the net and the random points.
 """
 
 import functools
@@ -792,6 +792,21 @@ def test_adversarial_logit_pairing(bn_mode):
         MODEL, linf(0.1), one_step, strength=0.3, bn_mode=bn_mode
     )
     check(method, expected)
+
+
+def test_the_attack_towards_the_least_likely_class():
+    """As ALP's authors: the class is that of the clean example, in BatchNorm's eval."""
+    batch, params = inputs(), weights()
+    least = net(params, statistics(), batch.x, False)[0].argmin(-1)
+    f = lambda x: net(params, statistics(), x, False)[0]  # noqa: E731
+    x_adv = stepped(batch.x, lambda x: -nll(f(x), least) * ROWS)
+    method = logit_pairing.adversarial_logit_pairing(
+        MODEL, linf(0.1), one_step, raised=logit_pairing.least_likely
+    )
+    key = jax.random.key(0)
+    found = method.stages.attack(params, statistics(), (), batch, 0, key)
+    np.testing.assert_allclose(found, x_adv, rtol=1e-12)
+    assert (np.asarray(least) != np.asarray(batch.y)).any()
 
 
 def test_clean_logit_pairing():

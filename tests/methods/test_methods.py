@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+from robustjax.attacks.apgd import apgd_training
 from robustjax.attacks.base import last
 from robustjax.attacks.noise import noise
 from robustjax.attacks.pgd import fgsm, pgd
@@ -53,7 +54,7 @@ from robustjax.metrics import value
 from robustjax.models.base import Model, from_linen, logits_fn
 from robustjax.parallel import constrain_rows, data_mesh, put_global, replicated
 from robustjax.problems import untargeted
-from robustjax.threats import l2, linf
+from robustjax.threats import l1, l2, linf
 from robustjax.training.state import TrainState, create_state
 from robustjax.training.step import Decay, averaged_from, make_train_step, ramped
 from robustjax.types import Batch
@@ -151,7 +152,7 @@ METHODS = {
     "average of norms": Row(lambda model: average(model, BALLS, SHORT), 2),
     "maximum over norms": Row(lambda model: maximum(model, BALLS, SHORT)),
     "msd": Row(lambda model: msd(model, BALLS, num_steps=2, step_sizes=(0.5, 0.5))),
-    "eat": Row(lambda model: eat(model, BALLS, SHORT)),
+    "eat": Row(lambda model: eat(model, [linf(0.1), l1(2.0)], apgd_training(3))),
     "gradient penalty": Row(lambda model: gradient_penalty(model, linf(0.1))),
     "gradient penalty, by differences": Row(
         lambda model: gradient_penalty(model, l2(0.5), difference=0.1, bn_mode="batch"),

@@ -22,6 +22,7 @@ from robustjax.methods import (
     generated,
     gradalign,
     hat,
+    logit_pairing,
     madry,
     mart,
     msd,
@@ -32,11 +33,14 @@ from robustjax.models.base import Model
 from robustjax.threats import l1, l2, linf
 from robustjax.types import Batch
 
-FILES = (eat, fast, free, generated, gradalign, hat, madry, mart, msd, nfgsm, trades)
+FILES = (
+    *(eat, fast, free, generated, gradalign, hat, logit_pairing, madry),
+    *(mart, msd, nfgsm, trades),
+)
 # Whose arguments are settings: methods, what smooths or mixes, attacks.
 BUILDERS = (
     *("eat", "free", "gradalign", "hat", "madry", "mart", "msd", "trades"),
-    *("smoothed", "with_stream"),
+    *("adversarial_logit_pairing", "smoothed", "with_stream"),
     *("adam", "apgd_training", "noisy_step", "pgd", "steepest_of_all"),
 )
 
@@ -91,6 +95,13 @@ PRESETS = {
     ),
     "free.cifar10": ([linf(8 / 255)], given("free", repeats=8, step=8 / 255)),
     "free.imagenet": ([linf(4 / 255)], given("free", repeats=4, step=4 / 255)),
+    "logit_pairing.imagenet64": (
+        [linf(16 / 255)],
+        given("adversarial_logit_pairing", strength=0.5, bn_mode="eval")
+        | given("adversarial_logit_pairing", raised=logit_pairing.least_likely)
+        | given("smoothed", smoothing=0.1)
+        | steps(10, 2 / 255, True),
+    ),
     "msd.cifar10": (
         [linf(0.03), l2(0.3), l1(12)],
         given("msd", bn_mode="batch")
