@@ -179,7 +179,8 @@ def growing(first: int, final: int, num_steps: int) -> Callable[[Array], Array]:
 def cat_step_size(key: Key, num_steps: Array) -> Array:
     """CAT's draw: `2 / k * U(1, 10 / k)` of epsilon for an attack of k steps.
 
-    Whatever k, every row can reach the face of the ball.
+    Up to k = 20 every row can reach the face of the ball, whatever is drawn. From 11 on
+    the second end of the draw is the lower one, as in numpy.
 
     Source: perturb_true in the code of Cai et al. 2018, arXiv:1805.04807.
 

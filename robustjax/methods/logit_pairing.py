@@ -92,7 +92,7 @@ def least_likely(frozen: LogitsFn, batch: Batch, key: Key) -> Callable[[Array], 
 
 
 def imagenet64(model: Model) -> Method:
-    """Kannan et al.'s settings for ImageNet at 64 x 64, the only ones in their code.
+    """Kannan et al.'s settings for ImageNet at 64 x 64, those their code's page gives.
 
     Ten steps of 2/255 towards the least likely class from a random start, epsilon
     16/255, weight 0.5, labels smoothed by 0.1.
