@@ -89,6 +89,8 @@ print(program_digest(jax.make_jaxpr(program)(batch)))
 """
 
 
+@pytest.mark.slow  # two processes that compile nothing, but import and trace
+@pytest.mark.quick
 def test_two_processes_agree():
     """Hash seeds, addresses and the number of devices are not the run's."""
     found = set()

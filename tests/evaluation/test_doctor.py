@@ -64,7 +64,9 @@ def test_a_sound_model_is_not_flagged_and_log_softmax_is_noted(params):
     assert "log-prob" not in found.checks["probabilities"]["message"]
 
 
-@pytest.mark.parametrize("count", [100, 360])
+@pytest.mark.parametrize(
+    "count", [100, pytest.param(360, marks=(pytest.mark.slow, pytest.mark.quick))]
+)
 def test_passes_stay_in_budget_and_what_is_left_out_says_so(params, count):
     found = examine(model(params, "sound"), count, passes=PER_EXAMPLE * count)
     assert found.passes <= PER_EXAMPLE * count
@@ -76,7 +78,13 @@ def test_passes_stay_in_budget_and_what_is_left_out_says_so(params, count):
         assert "passes" in short.checks["gradient masked"]["message"]
 
 
-@pytest.mark.parametrize(("norm", "epsilon"), [("Linf", 0.1), ("L2", 0.3)])
+@pytest.mark.parametrize(
+    ("norm", "epsilon"),
+    [
+        ("Linf", 0.1),
+        pytest.param("L2", 0.3, marks=(pytest.mark.slow, pytest.mark.quick)),
+    ],
+)
 def test_an_infinite_box_does_not_blind_the_doctor(norm, epsilon):
     rng = np.random.default_rng(0)
     x, w = (rng.normal(size=s).astype(np.float32) for s in ((64, 20), (20, 3)))

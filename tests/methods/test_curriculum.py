@@ -127,8 +127,20 @@ def check(found, wanted, steps):
     assert compiled._cache_size() == 1
 
 
+OTHERS = ("L2 before Linf, TRADES", "L2 before Linf, gradient penalty")
+
+
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(name for name in CASES if name not in OTHERS),
+        *(
+            pytest.param(name, marks=(pytest.mark.slow, pytest.mark.quick))
+            for name in OTHERS
+        ),
+    ],
+)
 def test_each_step_is_that_of_its_method_and_nothing_is_traced_anew(name):
     build, wanted = CASES[name]
     check(curriculum(build), wanted, steps=(9, 10))

@@ -108,7 +108,16 @@ def test_resumed_is_as_unbroken(train, model, tmp_path, per_dispatch):
     assert [start["at_step"] for start in starts] == [0, 8]
 
 
-@pytest.mark.parametrize("at", [4, 8, 12])
+@pytest.mark.parametrize(
+    "at",
+    [
+        8,
+        *(
+            pytest.param(n, marks=(pytest.mark.slow, pytest.mark.quick))
+            for n in (4, 12)
+        ),
+    ],
+)
 def test_what_was_learned_is_kept_where_validate_raises(train, tmp_path, at):
     asked = []
 
