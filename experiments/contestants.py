@@ -161,6 +161,18 @@ def cat(s: Setting) -> Method:
     return curriculum(build)
 
 
+def under_steepest(s: Setting) -> Method:
+    """MSD. A move under L1 is 0.36 epsilon here, its authors' 0.1 on 5 to 20 pixels: on
+    as few it would carry each beyond the box; of densities 0.004 to 0.2 that of 0.02
+    was the strongest attack under L1 on Fashion-MNIST (on `average`'s net)."""
+    return msd(
+        *(s.model, three(s)),
+        num_steps=STEPS,
+        step_sizes=[2.5 / STEPS] * 3,
+        density=0.02,
+    )
+
+
 CONTESTANTS: dict[str, Contestant] = {
     "standard": Contestant(
         lambda s: standard(s.model), 1, "highest clean, robust near 0 (1706.06083)"
@@ -281,9 +293,10 @@ CONTESTANTS: dict[str, Contestant] = {
         version=2,  # as of madry_l1
     ),
     "msd": Contestant(
-        lambda s: msd(s.model, three(s), num_steps=STEPS, step_sizes=[2.5 / STEPS] * 3),
+        under_steepest,
         *(STEPS + 1, "union above average and maximum (1909.04068)"),
         union=True,
+        version=2,  # 1: L1 moves of 0.004 of the pixels, each far beyond the box
     ),
     "eat": Contestant(
         lambda s: eat(s.model, [s.threats["Linf"], s.threats["L1"]]),
