@@ -5,7 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from robustjax.attacks.base import last
+from robustjax.attacks.pgd import pgd
 from robustjax.methods.base import Method
+from robustjax.methods.madry import madry
+from robustjax.methods.trades import trades
+from robustjax.models.base import Model
+from robustjax.threats import linf
 from robustjax.types import Array, PyTree
 
 TINY = 1e-20
@@ -76,6 +82,22 @@ def awp(method: Method, *, gamma: float = 0.01, warmup: int = 0) -> Method:
         return slope_at_worst(params, extra, carry, batch, examples, step, loss_key)
 
     return Method(method.init, grads, method.repeats)
+
+
+def cifar10(model: Model) -> Method:
+    """The authors' AT-AWP on CIFAR-10: ten steps of 2/255 in mode batch, gamma 0.01."""
+    attack_fn = pgd(10, 2 / 8, keep=last)
+    return awp(madry(model, linf("8/255"), attack_fn, bn_mode="batch"), gamma=0.01)
+
+
+def cifar10_trades(model: Model, warmup: int = 9 * 391) -> Method:
+    """The authors' TRADES-AWP: ten steps of 2/255, beta 6, gamma 0.005.
+
+    `warmup`: nine epochs of 50,000 images, 128 at once (theirs count from 1 to 10).
+    """
+    attack_fn = pgd(10, 2 / 8, random_start=False, keep=last)
+    method = trades(model, linf("8/255"), attack_fn, beta=6.0)
+    return awp(method, gamma=0.005, warmup=warmup)
 
 
 def _norm(w: Any) -> Array:

@@ -15,6 +15,7 @@ import pytest
 from robustjax import threats
 from robustjax.attacks.base import Result, last
 from robustjax.attacks.pgd import pgd
+from robustjax.losses import margin_loss
 from robustjax.methods import awp as awp_file
 from robustjax.methods import (
     eat,
@@ -30,6 +31,7 @@ from robustjax.methods import (
     nfgsm,
     trades,
 )
+from robustjax.methods.base import label_loss
 from robustjax.methods.madry import madry
 from robustjax.methods.standard import standard
 from robustjax.metrics import Mean
@@ -542,23 +544,29 @@ def moved_in(which, x, delta, grad, fraction):
     return in_ball(which, move)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def slope_at(x, train=False):
-    batch = inputs()
-    each = lambda x: nll_each(net(weights(), statistics(), x, train)[0], batch.y)  # noqa: E731
-    return each(x), jax.grad(lambda x: each(x).sum())(x)
-
-
 def nll_each(z, y):
     return -(log_softmax(z) * jnp.eye(CLASSES)[y]).sum(1)
 
 
-def two_steps(which, train=False):
+def lost_by(z, y):
+    """The best wrong logit minus that of the label."""
+    return (z - 1e6 * jnp.eye(CLASSES)[y]).max(1) - (z * jnp.eye(CLASSES)[y]).sum(1)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def slope_at(x, train=False, raised=nll_each):
+    batch = inputs()
+    each = lambda x: raised(net(weights(), statistics(), x, train)[0], batch.y)  # noqa: E731
+    return each(x), jax.grad(lambda x: each(x).sum())(x)
+
+
+def two_steps(which, train=False, raised=nll_each):
     """PGD of two steps of half epsilon from x, written again."""
     x = inputs().x
     delta = jnp.zeros_like(x)
     for _ in range(2):
-        delta = moved_in(which, x, delta, slope_at(x + delta, train)[1], 0.5)
+        _, slope = slope_at(x + delta, train, raised)
+        delta = moved_in(which, x, delta, slope, 0.5)
     return x + delta
 
 
@@ -587,11 +595,32 @@ def test_average_of_norms(how, bn_mode):
     assert float(aux.metrics["accuracy"].total) == int(union)
 
 
-@MODES
-def test_maximum_over_norms(bn_mode):
+def test_average_of_norms_raises_another_loss():
+    batch, points = inputs(), [two_steps(i, raised=lost_by) for i in range(3)]
+    assert any(bool((p != two_steps(i)).any()) for i, p in enumerate(points))
+
+    def expected(params):
+        stats, losses = statistics(), []
+        for x in points:
+            logits, stats = net(params, stats, x, True)
+            losses.append(nll(logits, batch.y))
+        return sum(losses) / 3, stats
+
+    check(multinorm.average(MODEL, balls(), TWO_STEPS, inner=margin_loss), expected)
+
+
+@pytest.mark.parametrize(
+    ("bn_mode", "raised", "inner"),
+    [
+        ("eval", nll_each, label_loss),
+        ("batch", nll_each, label_loss),
+        ("eval", lost_by, margin_loss),
+    ],
+)
+def test_maximum_over_norms(bn_mode, raised, inner):
     batch, train = inputs(), bn_mode == "batch"
-    points = [two_steps(i, train) for i in range(3)]
-    losses = jnp.stack([slope_at(x, train)[0] for x in points])
+    points = [two_steps(i, train, raised) for i in range(3)]
+    losses = jnp.stack([slope_at(x, train, raised)[0] for x in points])
     best = losses.argmax(0)
     assert len(set(best.tolist())) > 1  # the worst norm differs from row to row
     x_adv = jnp.stack(points)[best, jnp.arange(ROWS)]
@@ -600,8 +629,8 @@ def test_maximum_over_norms(bn_mode):
         logits, stats = net(params, statistics(), x_adv, True)
         return nll(logits, batch.y), stats
 
-    method = multinorm.maximum(MODEL, balls(), TWO_STEPS, bn_mode=bn_mode)
-    check(method, expected)
+    options = {"bn_mode": bn_mode, "inner": inner}
+    check(multinorm.maximum(MODEL, balls(), TWO_STEPS, **options), expected)
 
 
 def test_multinorm_refuses():

@@ -2,7 +2,8 @@
 
 What stands here was read in the papers that the presets name and in the authors' code:
 yaodongyu/TRADES, YisenWang/MART, MadryLab/cifar10_challenge and mnist_challenge,
-locuslab/fast_adversarial and robust_union, pdejorge/N-FGSM, ashafahi/free_adv_train,
+locuslab/fast_adversarial and robust_union, csdongxian/AWP, ftramer/MultiRobustness,
+pdejorge/N-FGSM, ashafahi/free_adv_train,
 tml-epfl/understanding-fast-adv-training (sh/exps_diff_eps_cifar10.sh), imrahulr/hat,
 fra31/robust-finetuning, deepmind-research (adversarial_robustness/jax/experiment.py)
 and wzekai99/DM-Improves-AT. Sizes of steps and of noise are in pixels, as there.
@@ -15,7 +16,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import robustjax as rj
+from robustjax.losses import margin_loss
 from robustjax.methods import (
+    awp,
     eat,
     fast,
     free,
@@ -26,6 +30,7 @@ from robustjax.methods import (
     madry,
     mart,
     msd,
+    multinorm,
     nfgsm,
     trades,
 )
@@ -34,12 +39,12 @@ from robustjax.threats import l1, l2, linf
 from robustjax.types import Batch
 
 FILES = (
-    *(eat, fast, free, generated, gradalign, hat, logit_pairing, madry),
+    *(awp, eat, fast, free, generated, gradalign, hat, logit_pairing, madry),
     *(mart, msd, nfgsm, trades),
 )
 # Whose arguments are settings: methods, what smooths or mixes, attacks.
 BUILDERS = (
-    *("eat", "free", "gradalign", "hat", "madry", "mart", "msd", "trades"),
+    *("awp", "eat", "free", "gradalign", "hat", "madry", "mart", "msd", "trades"),
     *("adversarial_logit_pairing", "smoothed", "with_stream"),
     *("adam", "apgd_training", "noisy_step", "pgd", "steepest_of_all"),
 )
@@ -77,6 +82,16 @@ PRESETS = {
     ),
     "trades.mnist": ([linf(0.3)], given("trades", beta=1, **TRADES) | steps(40, 0.01)),
     "trades.deepmind": ([linf(8 / 255)], GOWAL),
+    "awp.cifar10": (
+        [linf(8 / 255)],
+        BATCH | given("awp", gamma=0.01, warmup=0) | steps(10, 2 / 255, True),
+    ),
+    "awp.cifar10_trades": (
+        [linf(8 / 255)],
+        given("awp", gamma=0.005, warmup=9 * 391)
+        | given("trades", beta=6, **TRADES)
+        | steps(10, 2 / 255),
+    ),
     "mart.resnet18": ([linf(0.031)], given("mart", beta=5, **MART) | steps(10, 0.007)),
     "mart.wide_resnet": (
         [linf(0.031)],
@@ -215,6 +230,34 @@ def test_presets_are_as_published(name, monkeypatch):
         return method.grads(params, extra, carry, batch, jnp.int32(0), key)[0]
 
     assert jax.eval_shape(grads, jax.random.key(0), batch).shape == (16, 10)
+
+
+@pytest.mark.parametrize("name", ["average", "maximum"])
+def test_presets_of_tramer_are_as_published(name, monkeypatch):
+    """Their three attacks are made by one builder, so calls are listed."""
+    attacks, method = [], []
+    monkeypatch.setattr(
+        multinorm, "pgd", lambda *a, **k: attacks.append((a, k)) or rj.pgd(*a, **k)
+    )
+    plain = getattr(multinorm, name)
+    monkeypatch.setattr(
+        multinorm, name, lambda *a, **k: method.append((a, k)) or plain(*a, **k)
+    )
+    getattr(multinorm, f"{name}_cifar10")(MODEL)
+    [((_, threats, _), settings)] = method
+    assert threats == [linf(8 / 255), l2(80 / 255), l1(2000 / 255)]
+    assert settings == {"inner": margin_loss}
+    found = []
+    for (arguments, options), threat in zip(attacks, threats, strict=True):
+        call = inspect.signature(rj.pgd).bind(*arguments, **options)
+        call.apply_defaults()
+        size = call.arguments["step_size"] or 2.5 / call.arguments["num_steps"]
+        size *= float(threat.epsilon) * 255
+        assert call.arguments["random_start"] and call.arguments["keep"] is rj.last
+        found.append((call.arguments["num_steps"], pytest.approx(size)))
+    # In pixels of 255: 2.5 epsilon / steps; under L1 2 for the steepest hundredth.
+    assert found == [(10, 2), (40, 5), (100, 510)]
+    assert call.arguments["density"] == 0.01
 
 
 @pytest.mark.parametrize("epsilon", STRENGTHS)
