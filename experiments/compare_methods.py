@@ -79,6 +79,8 @@ class Config:
     """How many of the training images, at most; absent: all."""
     num_monitored: int = 100
     """Training images held out to draw curves, and as many of the others."""
+    num_attacked: int = 300
+    """Of the others, how many are attacked to see whether a net collapsed."""
     num_test: int = 1000
     """How many test images, from the first."""
     out: str | None = None
@@ -159,7 +161,7 @@ def main(config: Config) -> dict[str, Any]:
 def prepare(config: Config) -> Task:
     """Data, net, threat models and budget."""
     recipe = RECIPES[config.dataset]._replace(clip_norm=config.clip_norm)
-    check_counts(batch_size=config.batch_size)
+    check_counts(batch_size=config.batch_size, num_attacked=config.num_attacked)
     if config.batch_size is not None:
         recipe = recipe._replace(batch_size=config.batch_size)
     splits = common.load_splits(
@@ -174,13 +176,15 @@ def prepare(config: Config) -> Task:
         raise ValueError(f"gradients_per_image is {budget:g}; give a positive number.")
     threats = {n: rj.threat(n, BUDGETS[config.dataset][n]) for n in NORMS}
     model = common.build_model(recipe.model, config.dataset, splits.num_classes)
-    held_out = splits.validation
-    seen = np.asarray(data.to_float(x[: len(held_out[0])], splits.train.scale))
-    both = (seen, np.asarray(y[: len(seen)])), held_out
+    held_out, linf = splits.validation, threats["Linf"]
+
+    def seen(count: int) -> monitors.Examples:
+        return np.asarray(data.to_float(x[:count], splits.train.scale)), y[:count]
+
     watched = monitors.together(  # compiled once, for all nets
-        monitors.overfitting(model, threats["Linf"], *both),
-        monitors.catastrophic_overfitting(model, threats["Linf"], both[0]),
-        monitors.smoothness(model, threats["Linf"], held_out),
+        monitors.overfitting(model, linf, seen(len(held_out[0])), held_out),
+        monitors.catastrophic_overfitting(model, linf, seen(config.num_attacked)),
+        monitors.smoothness(model, linf, held_out),
     )
     decides = recipe._replace(gradients_per_image=budget)._asdict()
     return Task(

@@ -3,17 +3,18 @@
     scripts/quickstart
     python -m experiments.quickstart --out runs/quickstart
 
-The embedded UCI digits: 1,437 training and 360 test images of 8x8 pixels, the last
-weights (averaged), one seed. PGD: 50 steps of 2.5 epsilon / 50, five random starts,
-any iterate counts; all three norms in one vmapped call.
+The embedded UCI digits: 1,300 training and 360 test images of 8x8 pixels, averaged
+weights, chosen after each ten epochs by 137 held-out images, one seed. PGD: 50 steps of
+2.5 epsilon / 50, five random starts, any iterate counts; all three norms in one vmapped
+call.
 
     accuracy         standard   madry (trained under Linf 0.2)
-    clean               0.994   0.986
-    Linf 0.15  PGD      0.194   0.775
-    L2 0.6     PGD      0.419   0.703
-    L1 1.5     PGD      0.394   0.453
+    clean               0.992   0.986
+    Linf 0.15  PGD      0.175   0.753
+    L2 0.6     PGD      0.453   0.686
+    L1 1.5     PGD      0.422   0.442
 
-41 seconds on two virtual AMD EPYC cores, set-up not counted.
+TIME
 """
 
 import functools
@@ -26,18 +27,19 @@ import jax.numpy as jnp
 import numpy as np
 
 import robustjax as rj
-from experiments import common
+from experiments import common, watching
 from robustjax import data, models, plots
 from robustjax.methods.base import Method
 from robustjax.methods.madry import madry
 from robustjax.methods.standard import standard
-from robustjax.training import optimizers
+from robustjax.training import monitors, optimizers
 from robustjax.training.loop import fit
 from robustjax.training.step import ramped
 
 PGD20 = rj.pgd(20)  # for the curves
 GRID = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4)  # of the budgets
-
+HELD_OUT = 137  # training images
+CHOSEN_BY = {"standard": "clean_accuracy", "madry": "robust_accuracy"}  # of them
 
 # Of the config, what is of the tests alone; a run goes on with others.
 TESTED = ("linf", "l2", "l1")
@@ -50,7 +52,8 @@ class Config:
     seed: int = 0
     """Decides weights, order of the images and all noise."""
     dataset: Literal["digits"] = "digits"
-    """The embedded one: 1,437 training and 360 test images of 8x8 pixels."""
+    """The embedded one: 1,437 training images, of which 137 are held out, and 360 test
+    images of 8x8 pixels."""
     model: Literal["small_cnn"] = "small_cnn"
     """Two convolutions, each pooled, and a hidden layer."""
     linf: float = 0.15
@@ -75,26 +78,32 @@ class Config:
     """How many of the test images."""
 
 
-def train(config: Config, name: str, method: Method, model, splits) -> rj.LogitsFn:
+def train(
+    config: Config, name: str, method: Method, model, splits, watched: monitors.Monitor
+) -> rj.LogitsFn:
     """One net, by one method: its logits function."""
     print(f"training {name}")
     per_epoch = data.steps_per_epoch(splits.train.x.shape[0], config.batch_size)
     steps = config.num_epochs * per_epoch
     decides = common.training_part(config)
+    folder, rate = Path(config.out) / name, common.learning_rate
     trained = fit(
         jax.random.key(config.seed),
         model,
-        method,
-        optimizers.adam(common.learning_rate("one_cycle", 5e-3, steps)),
+        monitors.with_norms(method),
+        optimizers.adam(rate("one_cycle", 5e-3, steps)),
         splits.train,
         batch_size=config.batch_size,
         num_steps=steps,
         steps_per_dispatch=per_epoch,
-        checkpoint_every=20 * per_epoch,
-        out=Path(config.out) / name,
+        validate=watched,
+        best_metric=CHOSEN_BY[name],
+        checkpoint_every=10 * per_epoch,
+        out=folder,
         config={k: v for k, v in decides.items() if k not in TESTED},
         ema_decay=ramped(0.995),
     )
+    watching.keep_curves(folder, trained, rate("one_cycle", 5e-3, steps))
     return models.logits_fn(model, trained.params, trained.extra)
 
 
@@ -109,7 +118,7 @@ def attack_all(attack_fn: rj.AttackFn, f, x, y, threats: rj.ThreatModel):
 
 def main(config: Config) -> dict[str, Any]:
     began = common.start()
-    splits = common.load_splits("digits", None, config.seed, 0, config.num_test)
+    splits = common.load_splits("digits", None, config.seed, HELD_OUT, config.num_test)
     x, y = splits.test
     budgets = {"Linf": config.linf, "L2": config.l2, "L1": config.l1}
     threats = rj.stack([rj.threat(name, budget) for name, budget in budgets.items()])
@@ -121,11 +130,18 @@ def main(config: Config) -> dict[str, Any]:
     }
     model = common.build_model(config.model, config.dataset)
     inner = rj.pgd(config.attack_steps, keep=rj.last)
+    threat = rj.linf(config.train_linf)
     methods = {
         "standard": standard(model),
-        "madry": madry(model, rj.linf(config.train_linf), inner),
+        "madry": madry(model, threat, inner),
     }
-    nets = {n: train(config, n, m, model, splits) for n, m in methods.items()}
+    held_out = splits.validation
+    seen = watching.first(splits.train, HELD_OUT)
+    watched = monitors.together(
+        monitors.overfitting(model, threat, seen, held_out),
+        monitors.smoothness(model, threat, held_out),
+    )
+    nets = {n: train(config, n, m, model, splits, watched) for n, m in methods.items()}
 
     print(f"attacking both: PGD-{config.test_steps}, {config.num_restarts} restarts")
     results: dict[str, Any] = {}

@@ -48,6 +48,14 @@ def prepare_model(
     return canonicalize(f), looped
 
 
+@jax.jit  # models of one program, other weights, are traced once
+def _slope(f: Any, x: Array) -> Array:
+    def total(x: Array) -> Array:
+        return jnp.sum(f(x, jax.random.key(0)).astype(jnp.float32))
+
+    return jax.grad(total)(x)
+
+
 def no_gradient(f: Any, x: Any) -> str | None:
     """Why `f(x, key)` cannot be differentiated by JAX; None: it can.
 
@@ -55,11 +63,10 @@ def no_gradient(f: Any, x: Any) -> str | None:
     True
     """
 
-    def total(x: Array) -> Array:
-        return jnp.sum(f(x, jax.random.key(0)).astype(jnp.float32))
-
+    if not isinstance(f, jax.tree_util.Partial):
+        f = jax.tree_util.Partial(f)
     try:
-        jax.eval_shape(jax.grad(total), jax.ShapeDtypeStruct(x.shape, x.dtype))
+        jax.eval_shape(_slope, f, jax.ShapeDtypeStruct(x.shape, x.dtype))
     except Exception as error:  # pure_callback, while_loop, ...: each has its own
         return str(error).split("\n")[0]
     return None

@@ -155,7 +155,8 @@ def test_quickstart_writes_its_results_and_pictures(tmp_path, capsys):
         assert written[net] == results[net]
         for value in written[net]["robust_accuracy"].values():
             assert 0 <= value <= written[net]["clean_accuracy"] <= 1
-    for name in ("accuracy", "examples", "quickstart"):
+    curves = ("standard/curves", "madry/curves")
+    for name in ("accuracy", "examples", "quickstart", *curves):
         head = (tmp_path / f"{name}.png").read_bytes()[:8]
         assert head == b"\x89PNG\r\n\x1a\n"
     printed = capsys.readouterr().out
