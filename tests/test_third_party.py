@@ -42,7 +42,7 @@ def _case(name, dataset, threat, reference, most_missed, marks=()):
 SLOW = pytest.mark.slow
 CONV, RESNET = "eran_cifar_convsmall_pgd", "vnncomp_cifar_resnet2b"
 CASES = [
-    _case(CONV, "cifar10", rj.linf("2/255"), "Linf_2over255", 1),
+    _case(CONV, "cifar10", rj.linf("2/255"), "Linf_2over255", 1, SLOW),
     _case(CONV, "cifar10", rj.l2(0.25), "L2_0.25", 1, SLOW),
     _case(CONV, "cifar10", rj.l1(5.0), "L1_5", 3, SLOW),
     _case(RESNET, "cifar10", rj.linf("2/255"), "Linf_2over255", 1, SLOW),

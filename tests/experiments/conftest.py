@@ -1,7 +1,7 @@
 """Whatever an experiment on ideas saves is checked against docs/results.md.
 
-Tiny runs compile for half a minute each. Of the experiments on ideas those of
-directed_vs_random, gradient_map and linear_margin run always, the others' are slow.
+Tiny runs compile for half a minute each. Of the experiments on ideas that of
+linear_margin runs always, the others' are slow.
 """
 
 import functools

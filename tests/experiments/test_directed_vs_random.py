@@ -60,6 +60,8 @@ def test_images_are_made_smaller_by_means_and_larger_between():
     np.testing.assert_allclose(experiment.exponent([1, 4, 16], [3, 6, 12]), 0.5)
 
 
+@pytest.mark.slow  # tests/experiments/conftest.py says which run always
+@pytest.mark.quick
 def test_a_tiny_run_writes_everything(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "FACTORS", (1, 2))
     config = experiment.Config(

@@ -46,6 +46,8 @@ def test_the_surface_holds_the_losses_of_its_points():
     np.testing.assert_allclose(found, np.log1p(np.exp(gap)), rtol=1e-5)
 
 
+@pytest.mark.slow  # tests/experiments/conftest.py says which run always
+@pytest.mark.quick
 def test_a_tiny_run_writes_everything(tmp_path):
     config = experiment.Config(
         out=str(tmp_path),
