@@ -59,10 +59,11 @@ def _slope(f: Any, x: Array) -> Array:
 def no_gradient(f: Any, x: Any) -> str | None:
     """Why `f(x, key)` cannot be differentiated by JAX; None: it can.
 
+    As with `jax.jit`, a function that changes what it computes must be a new one.
+
     >>> no_gradient(lambda x, key: 2 * x, np.ones((1, 2), np.float32)) is None
     True
     """
-
     if not isinstance(f, jax.tree_util.Partial):
         f = jax.tree_util.Partial(f)
     try:

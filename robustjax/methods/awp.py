@@ -43,7 +43,8 @@ def awp(method: Method, *, gamma: float = 0.01, warmup: int = 0) -> Method:
     and is left out; tensors are chosen by their number of dimensions alone, theirs also
     by name; the optimizer sees w, theirs `w + v` (it matters to weight decay alone);
     the running statistics move as the method's do, theirs with their own order (TRADES:
-    adversarial, natural, natural) and, on plain training, in the attack's passes too.
+    adversarial, natural, natural) and, on plain training, in the attack's passes and in
+    one on the clean images after each update too.
     """
     if not gamma >= 0:
         raise ValueError(f"gamma is {gamma}; give 0 or more.")
@@ -93,7 +94,8 @@ def cifar10(model: Model) -> Method:
 def cifar10_trades(model: Model, warmup: int = 9 * 391) -> Method:
     """The authors' TRADES-AWP: ten steps of 2/255, beta 6, gamma 0.005.
 
-    `warmup`: nine epochs of 50,000 images, 128 at once (theirs count from 1 to 10).
+    `warmup`: nine epochs of 50,000 images, 128 at once and the rest (theirs count from
+    1 to 10).
     """
     attack_fn = pgd(10, 2 / 8, random_start=False, keep=last)
     method = trades(model, linf("8/255"), attack_fn, beta=6.0)

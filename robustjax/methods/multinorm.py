@@ -62,10 +62,12 @@ def average(
 
     Differs from the authors' code: the loss is the cross-entropy in attacks too, where
     theirs raise the margin (`average_cifar10` does); each attack begins uniformly in
-    its ball, theirs under L2 and L1 on the sphere; one pass for each threat, theirs one
-    for all. From Maini et al.'s, for CIFAR-10: there each norm makes an update of its
-    own, and the attacks use the batch's statistics (`bn_mode="batch"`) and move the
-    running ones with every pass.
+    its ball, theirs under L2 and L1 on the sphere, and on CIFAR-10 with the image cut
+    to [0, 1] where its values go to 255; one pass for each threat, theirs one for all;
+    the batch stays whole, theirs may shrink with the number of attacks. From Maini et
+    al.'s, for CIFAR-10: there each norm makes an update of its own, and the attacks use
+    the batch's statistics (`bn_mode="batch"`) and move the running ones with every
+    pass.
     """
     many = every_threat(attack_fn, threats, how)
     raised = raise_loss(inner)
@@ -153,10 +155,12 @@ def cifar10_threats() -> list[ThreatModel]:
 
 
 def average_cifar10(model: Model) -> Method:
-    """Tramer and Boneh's CIFAR-10: the attacks of their code's page, their margin.
+    """Against the three norms of Tramer and Boneh's `config_cifar10.json`, together.
 
     Linf 8/255 (10 steps of a quarter of it), L2 80/255 (40 of a sixteenth), L1 2000/255
-    (100 of 2 on a hundredth of the coordinates). Their spatial attack is left out.
+    (100 of 2 on a hundredth of the coordinates), each raising the margin. That file
+    lists the attacks and trains on the first; which ones are joined is left to its
+    user. Their spatial attack is left out.
     """
     return average(model, *_of_tramer(), inner=margin_loss)
 

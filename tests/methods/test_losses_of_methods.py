@@ -553,6 +553,11 @@ def lost_by(z, y):
     return (z - 1e6 * jnp.eye(CLASSES)[y]).max(1) - (z * jnp.eye(CLASSES)[y]).sum(1)
 
 
+def of_two_logits(z, y):
+    """It puts points in another order than the cross-entropy."""
+    return z[:, 0] - z[:, 2]
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def slope_at(x, train=False, raised=nll_each):
     batch = inputs()
@@ -614,7 +619,7 @@ def test_average_of_norms_raises_another_loss():
     [
         ("eval", nll_each, label_loss),
         ("batch", nll_each, label_loss),
-        ("eval", lost_by, margin_loss),
+        ("eval", of_two_logits, of_two_logits),
     ],
 )
 def test_maximum_over_norms(bn_mode, raised, inner):
@@ -623,6 +628,9 @@ def test_maximum_over_norms(bn_mode, raised, inner):
     losses = jnp.stack([slope_at(x, train, raised)[0] for x in points])
     best = losses.argmax(0)
     assert len(set(best.tolist())) > 1  # the worst norm differs from row to row
+    if raised is not nll_each:
+        usual = jnp.stack([slope_at(x, train)[0] for x in points])
+        assert (usual.argmax(0) != best).any()
     x_adv = jnp.stack(points)[best, jnp.arange(ROWS)]
 
     def expected(params):

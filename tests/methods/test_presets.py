@@ -234,30 +234,34 @@ def test_presets_are_as_published(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["average", "maximum"])
 def test_presets_of_tramer_are_as_published(name, monkeypatch):
-    """Their three attacks are made by one builder, so calls are listed."""
-    attacks, method = [], []
-    monkeypatch.setattr(
-        multinorm, "pgd", lambda *a, **k: attacks.append((a, k)) or rj.pgd(*a, **k)
-    )
+    """Their three attacks are made by one builder: which is which, the method says."""
+    made, method = [], []
+
+    def watched(*arguments, **options):
+        call = inspect.signature(rj.pgd).bind(*arguments, **options)
+        call.apply_defaults()
+        made.append((rj.pgd(*arguments, **options), call.arguments))
+        return made[-1][0]
+
     plain = getattr(multinorm, name)
+    monkeypatch.setattr(multinorm, "pgd", watched)
     monkeypatch.setattr(
         multinorm, name, lambda *a, **k: method.append((a, k)) or plain(*a, **k)
     )
     getattr(multinorm, f"{name}_cifar10")(MODEL)
-    [((_, threats, _), settings)] = method
+    [((_, threats, attacks), settings)] = method
     assert threats == [linf(8 / 255), l2(80 / 255), l1(2000 / 255)]
     assert settings == {"inner": margin_loss}
     found = []
-    for (arguments, options), threat in zip(attacks, threats, strict=True):
-        call = inspect.signature(rj.pgd).bind(*arguments, **options)
-        call.apply_defaults()
-        size = call.arguments["step_size"] or 2.5 / call.arguments["num_steps"]
+    for attack_fn, threat in zip(attacks, threats, strict=True):
+        [given] = [arguments for one, arguments in made if one is attack_fn]
+        size = given["step_size"] or 2.5 / given["num_steps"]
+        assert given["random_start"] and given["keep"] is rj.last
         size *= float(threat.epsilon) * 255
-        assert call.arguments["random_start"] and call.arguments["keep"] is rj.last
-        found.append((call.arguments["num_steps"], pytest.approx(size)))
+        found.append((given["num_steps"], pytest.approx(size), given["density"]))
     # In pixels of 255: 2.5 epsilon / steps; under L1 2 for the steepest hundredth.
-    assert found == [(10, 2), (40, 5), (100, 510)]
-    assert call.arguments["density"] == 0.01
+    sparse = found[2][2]
+    assert [f[:2] for f in found] == [(10, 2), (40, 5), (100, 510)] and sparse == 0.01
 
 
 @pytest.mark.parametrize("epsilon", STRENGTHS)
