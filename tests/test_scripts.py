@@ -121,10 +121,9 @@ def test_test_takes_another_python(bare, given):
     done = _run(bare, "test", *given, "tests/x.py", "-k", "one two")
     setup, tests = done.stdout.splitlines()
     assert setup == "setup 3.11 .venv-3.11"
-    assert tests == "3.11 -m pytest -n auto --dist loadfile tests/x.py -k one two"
-    assert _run(bare, "test", "-x").stdout.endswith(
-        "own -m pytest -n auto --dist loadfile -x\n"
-    )
+    assert tests == "3.11 -m pytest -n auto tests/x.py -k one two"
+    assert _run(bare, "test", "-x").stdout.endswith("own -m pytest -n auto -x\n")
+    assert _run(bare, "test").stdout.endswith("own -m pytest -n auto --dist loadfile\n")
 
 
 @pytest.mark.parametrize(
