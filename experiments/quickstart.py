@@ -14,7 +14,8 @@ call.
     L2 0.6     PGD      0.453   0.686
     L1 1.5     PGD      0.422   0.442
 
-TIME
+180 CPU seconds on one core of an AMD EPYC that two trainings shared (six minutes),
+set-up not counted.
 """
 
 import functools
