@@ -79,7 +79,7 @@ class Config:
     """How many of the training images, at most; absent: all."""
     num_monitored: int = 100
     """Training images held out to draw curves, and as many of the others."""
-    num_attacked: int = 300
+    num_seen: int = 300
     """Of the others, how many are attacked to see whether a net collapsed."""
     num_test: int = 1000
     """How many test images, from the first."""
@@ -161,7 +161,7 @@ def main(config: Config) -> dict[str, Any]:
 def prepare(config: Config) -> Task:
     """Data, net, threat models and budget."""
     recipe = RECIPES[config.dataset]._replace(clip_norm=config.clip_norm)
-    check_counts(batch_size=config.batch_size, num_attacked=config.num_attacked)
+    check_counts(batch_size=config.batch_size, num_seen=config.num_seen)
     if config.batch_size is not None:
         recipe = recipe._replace(batch_size=config.batch_size)
     splits = common.load_splits(
@@ -183,7 +183,7 @@ def prepare(config: Config) -> Task:
 
     watched = monitors.together(  # compiled once, for all nets
         monitors.overfitting(model, linf, seen(len(held_out[0])), held_out),
-        monitors.catastrophic_overfitting(model, linf, seen(config.num_attacked)),
+        monitors.catastrophic_overfitting(model, linf, seen(config.num_seen)),
         monitors.smoothness(model, linf, held_out),
     )
     decides = recipe._replace(gradients_per_image=budget)._asdict()
