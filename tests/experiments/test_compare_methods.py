@@ -53,6 +53,7 @@ def test_every_method_spends_the_budget_up_to_one_update(tmp_path):
 def test_flags_that_make_no_sense_are_refused(tmp_path):
     for changes, message in (
         ({"batch_size": 0}, "batch_size is 0; give 1 or more"),
+        ({"num_seen": 0}, "num_seen is 0; give 1 or more"),
         ({"seeds": (1, 0, 1)}, r"seeds is \(1, 0, 1\); give each once"),
     ):
         with pytest.raises(ValueError, match=message):
