@@ -14,8 +14,8 @@ call.
     L2 0.6     PGD      0.453   0.686
     L1 1.5     PGD      0.422   0.442
 
-180 CPU seconds on one core of an AMD EPYC that two trainings shared (six minutes),
-set-up not counted.
+206 seconds on one core of an AMD EPYC, the other one busy (177 CPU seconds), set-up not
+counted.
 """
 
 import functools
