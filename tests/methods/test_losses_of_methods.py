@@ -579,10 +579,20 @@ TWO_STEPS = pgd(2, 0.5, random_start=False, density=1 / SIZE, keep=last)
 
 
 @pytest.mark.parametrize(
-    ("how", "bn_mode"), [("vmap", "eval"), ("vmap", "batch"), ("one each", "eval")]
+    ("how", "bn_mode", "raised", "inner"),
+    [
+        ("vmap", "eval", nll_each, label_loss),
+        ("vmap", "batch", nll_each, label_loss),
+        ("one each", "eval", nll_each, label_loss),
+        ("vmap", "eval", lost_by, margin_loss),
+    ],
 )
-def test_average_of_norms(how, bn_mode):
-    batch, points = inputs(), [two_steps(i, bn_mode == "batch") for i in range(3)]
+def test_average_of_norms(how, bn_mode, raised, inner):
+    batch, train = inputs(), bn_mode == "batch"
+    points = [two_steps(i, train, raised) for i in range(3)]
+    if raised is not nll_each:
+        usual = [two_steps(i, train) for i in range(3)]
+        assert any(bool((p != u).any()) for p, u in zip(points, usual, strict=True))
     assert len({round(float(jnp.abs(p - batch.x).sum()), 4) for p in points}) == 3
 
     def expected(params):
@@ -593,25 +603,12 @@ def test_average_of_norms(how, bn_mode):
         return sum(losses) / 3, stats
 
     attack_fn = TWO_STEPS if how == "vmap" else [TWO_STEPS] * 3
-    method = multinorm.average(MODEL, balls(), attack_fn, bn_mode=bn_mode)
+    options = {"bn_mode": bn_mode, "inner": inner}
+    method = multinorm.average(MODEL, balls(), attack_fn, **options)
     _, aux = check(method, expected)
     right = [net(weights(), statistics(), x, True)[0].argmax(1) for x in points]
     union = (jnp.stack(right) == batch.y[None]).all(0).sum()
     assert float(aux.metrics["accuracy"].total) == int(union)
-
-
-def test_average_of_norms_raises_another_loss():
-    batch, points = inputs(), [two_steps(i, raised=lost_by) for i in range(3)]
-    assert any(bool((p != two_steps(i)).any()) for i, p in enumerate(points))
-
-    def expected(params):
-        stats, losses = statistics(), []
-        for x in points:
-            logits, stats = net(params, stats, x, True)
-            losses.append(nll(logits, batch.y))
-        return sum(losses) / 3, stats
-
-    check(multinorm.average(MODEL, balls(), TWO_STEPS, inner=margin_loss), expected)
 
 
 @pytest.mark.parametrize(
