@@ -168,9 +168,7 @@ def under_steepest(s: Setting) -> Method:
     (docs/results.md)."""
     one = 2.5 / STEPS
     sizes = [one, 1.5 * one, 3 * one]
-    return msd(
-        s.model, three(s), num_steps=STEPS, step_sizes=sizes, density=12.5 / 784
-    )
+    return msd(s.model, three(s), num_steps=STEPS, step_sizes=sizes, density=12.5 / 784)
 
 
 CONTESTANTS: dict[str, Contestant] = {

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import robustjax as rj
 from experiments import (
     awp_cifar,
     common,
@@ -445,6 +446,18 @@ def test_the_methods_for_several_norms_are_built(preset, metrics):
     )
     assert grads.shape == (4, 3)
     assert metrics <= set(aux.metrics)
+
+
+@pytest.mark.parametrize("sizes, asked", [((), [3]), ((0.5, 0.5, 0.5), [])])
+def test_average_learns_by_apgd_under_l1(sizes, asked, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        multinorm_cifar, "apgd_training", lambda n: calls.append(n) or rj.fgsm()
+    )
+    config = multinorm_cifar.PRESETS["average"]
+    model = models.Model(lambda key, x: ({}, {}), None)
+    multinorm_cifar.build(dataclasses.replace(config, step_sizes=sizes), model)
+    assert calls == asked
 
 
 def test_step_sizes_are_one_for_each_norm():

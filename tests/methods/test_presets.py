@@ -122,6 +122,11 @@ PRESETS = {
         given("msd", bn_mode="batch")
         | given("steepest_of_all", num_steps=50, step=[0.003, 0.05, 1]),
     ),
+    "msd.mnist": (
+        [linf(0.3), l2(2), l1(10)],
+        given("msd", bn_mode="batch", density=12.5 / 784)
+        | given("steepest_of_all", num_steps=100, step=[0.01, 0.1, 1]),
+    ),
     "eat.cifar10": (
         [linf(8 / 255), l1(12)],
         given("eat", bn_mode="eval") | given("apgd_training", num_steps=10),
