@@ -85,7 +85,8 @@ def msd(
     Args:
       model, threats: what is trained, against which two or more threat models.
       num_steps, density: of the attack; 0.004 are 12 of CIFAR-10's coordinates.
-      step_sizes: fractions of the epsilons; None: 0.1 each.
+      step_sizes: fractions of the epsilons; None: 0.1 each, near theirs on CIFAR-10.
+        They decide which ball is trained (docs/results.md).
       bn_mode: BatchNorm inside the attack.
       outer: what the weights lower, `(logits, y) -> [B]`.
 
