@@ -2,9 +2,11 @@
 
 Strengths are the authors', relative to epsilon: their ratio of step size to epsilon,
 their weights of penalties; but HAT and AWP on TRADES attack by TRADES' steps of 0.226
-epsilon, where their authors' are 0.25. Costs are those of docs/methods.md: gradients (a
-forward and a backward pass of one image) per image and update. Passes without a
-backward one are not counted: MSD makes three for each of its steps.
+epsilon, where their authors' are 0.25, and those with several norms by 2.5 epsilon /
+number of steps, MSD's in their authors' ratio of MNIST on every data set. Costs are
+those of docs/methods.md: gradients (a forward and a backward pass of one image) per
+image and update. Passes without a backward one are not counted: MSD makes three for
+each of its steps.
 """
 
 from collections.abc import Callable, Mapping
@@ -162,10 +164,10 @@ def cat(s: Setting) -> Method:
 
 
 def under_steepest(s: Setting) -> Method:
-    """MSD. The moves' sizes are as 1 : 1.5 : 3 in units of epsilon, as its authors' on
-    MNIST (0.01 of 0.3, 0.1 of 2, 1 of 10); that of L1 is on 13 of Fashion-MNIST's
-    pixels, theirs on 5 to 20. With equal ones the attack seldom ended in the L1 ball
-    (docs/results.md)."""
+    """MSD. Its moves are as 1 : 1.5 : 3 in units of epsilon, as by default in its
+    authors' code for MNIST (0.01 of 0.3, 0.1 of 2, 1 of 10). Under L1 12 of
+    Fashion-MNIST's pixels move, theirs 5 to 20. Moves of one size seldom ended in the
+    L1 ball (docs/results.md)."""
     one = 2.5 / STEPS
     sizes = [one, 1.5 * one, 3 * one]
     return msd(s.model, three(s), num_steps=STEPS, step_sizes=sizes, density=12.5 / 784)
@@ -209,8 +211,8 @@ CONTESTANTS: dict[str, Contestant] = {
         version=2,  # 1 derived through the box
     ),
     "fast": Contestant(
-        # In the authors' mode, batch, two of three nets read the label off the step, of
-        # nfgsm one of three (docs/results.md).
+        # In the authors' mode, batch, two of three nets of CIFAR-10 collapsed, of nfgsm
+        # one (docs/results.md).
         lambda s: fast(s.model, s.linf, bn_mode="eval"),
         *(2, "near madry at a quarter of its cost; may collapse (2001.03994)"),
         version=2,  # 1: mode batch
@@ -298,7 +300,7 @@ CONTESTANTS: dict[str, Contestant] = {
         under_steepest,
         *(STEPS + 1, "union above average and maximum (1909.04068)"),
         union=True,
-        version=3,  # 1: density 0.004; 2: moves of one size
+        version=3,  # 1: density 0.004; 2: 0.02; both: moves of one size
     ),
     "eat": Contestant(
         lambda s: eat(s.model, [s.threats["Linf"], s.threats["L1"]]),

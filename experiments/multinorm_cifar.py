@@ -20,8 +20,9 @@ Linf 0.03, L2 0.5, L1 12: clean 81.7, union 46.1; maximum 34.9, average 40.6 (th
 robust_union README). 50 epochs, rate 0, 0.1, 0.005, 0 at epochs 0, 20, 40, 50, 50 steps
 of 0.003, 0.05 and 1, L2 0.3 in training. E-AT's and Tramer's own schedules have no
 preset.
-Differs from the authors' code: see `methods/msd.py`, `multinorm.py` and `eat.py`; 1,000
-training images are held out and choose the checkpoint; float32, not half.
+Differs from the authors' code: see `methods/msd.py`, `multinorm.py` and `eat.py`;
+`average` and `maximum` learn by E-AT's APGD under L1 unless `step_sizes` are given;
+1,000 training images are held out and choose the checkpoint; float32, not half.
 """
 
 from dataclasses import dataclass, replace
@@ -112,7 +113,7 @@ def build(config: Config, model: models.Model) -> Method:
     method = {"average": average, "maximum": maximum}[config.method]
     attacks = [rj.pgd(steps, size, keep=rj.last) for size in sizes]
     if not config.step_sizes:
-        # Nets that learn by few steps of PGD under L1 fall to APGD (docs/results.md).
+        # Few steps of PGD under L1 seem too weak to learn from (docs/results.md).
         attacks[-1] = apgd_training(steps)
     return method(model, threats, attacks, bn_mode=config.bn_mode)
 

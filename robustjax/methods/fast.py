@@ -26,7 +26,7 @@ def fast(
       model, threat: what is trained, against what.
       step_size: fraction of epsilon; above 1.25 it overfits earlier.
       bn_mode: BatchNorm inside the attack. The authors' "batch" collapsed in two of
-        three short trainings here; one repeated with "eval" did not (docs/results.md).
+        three short trainings here, "eval" in none of three (docs/results.md).
       outer: what the weights lower, `(logits, y) -> [B]`.
 
     Returns:

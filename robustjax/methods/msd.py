@@ -85,8 +85,8 @@ def msd(
     Args:
       model, threats: what is trained, against which two or more threat models.
       num_steps, density: of the attack; 0.004 are 12 of CIFAR-10's coordinates.
-      step_sizes: fractions of the epsilons; None: 0.1 each, near theirs on CIFAR-10.
-        They decide which ball is trained (docs/results.md).
+      step_sizes: fractions of the epsilons; None: 0.1 each. The larger one is against
+        the others, the more points end in its ball (docs/results.md).
       bn_mode: BatchNorm inside the attack.
       outer: what the weights lower, `(logits, y) -> [B]`.
 
@@ -101,8 +101,10 @@ def msd(
 
     Differs from the authors' code: the attack's passes use the batch's statistics as
     theirs do, but do not move the running ones; an L1 move touches a fixed fraction of
-    the coordinates, theirs a random 5 to 20 of those that lie inside the box and can
-    move by a step without leaving it; ball and box are projected on together.
+    the coordinates that have room, theirs a random 5 to 20 of those that are strictly
+    inside the box (never a black pixel) and can move by a step without leaving it; ball
+    and box are projected on together, and each image alone: on MNIST theirs, once one
+    image of a batch is outside of the L1 ball, brings all of them to its surface.
     """
     sizes = [0.1] * len(threats) if step_sizes is None else list(step_sizes)
     if len(threats) < 2 or len(sizes) != len(threats):
@@ -122,12 +124,12 @@ def cifar10(model: Model) -> Method:
 
 
 def mnist(model: Model) -> Method:
-    """The authors' MNIST: Linf 0.3, L2 2, L1 10; 100 steps of 0.01, 0.1 and 1."""
+    """The defaults of the authors' MNIST code: Linf 0.3, L2 2, L1 10; 100 steps of
+    0.01, 0.1 and 1. The command in its README has 0.8 under L1 instead of 1."""
     sizes = (0.01 / 0.3, 0.1 / 2.0, 1 / 10)
-    pixels = 12.5 / 784  # the mean of theirs
     return msd(
         *(model, [linf(0.3), l2(2.0), l1(10.0)]),
         num_steps=100,
         step_sizes=sizes,
-        density=pixels,
+        density=12.5 / 784,  # 12 pixels
     )

@@ -57,7 +57,7 @@ def nfgsm(
       noise: how far the uniform noise reaches, in units of epsilon.
       step_size: of the one step, in units of epsilon.
       bn_mode: BatchNorm inside the attack. The authors' "batch" collapsed in one of
-        three short trainings here; repeated with "eval" it did not (docs/results.md).
+        three short trainings here, "eval" in none of three (docs/results.md).
       outer: what the weights lower, `(logits, y) -> [B]`.
 
     Returns:

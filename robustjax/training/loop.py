@@ -387,7 +387,13 @@ def fit(
                     )
                 progress.validated(step, metrics, is_best, time.monotonic() - began)
                 if stopped:
-                    progress.note(f"validate asks to stop after step {step}")
+                    note = f"validate asks to stop after step {step}"
+                    if best["step"] == step:
+                        note += (
+                            ", the first that was validated: the result is this step; "
+                            "a smaller checkpoint_every keeps one from before"
+                        )
+                    progress.note(note)
                     break
             if out is not None:
                 # In the middle of a training row: what it has added up so far.

@@ -448,16 +448,17 @@ def test_the_methods_for_several_norms_are_built(preset, metrics):
     assert metrics <= set(aux.metrics)
 
 
-@pytest.mark.parametrize("sizes, asked", [((), [3]), ((0.5, 0.5, 0.5), [])])
-def test_average_learns_by_apgd_under_l1(sizes, asked, monkeypatch):
+@pytest.mark.parametrize("name", ["average", "maximum"])
+@pytest.mark.parametrize("sizes", [(), (0.5, 0.5, 0.5)])
+def test_several_norms_are_learned_by_apgd_under_l1(name, sizes, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        multinorm_cifar, "apgd_training", lambda n: calls.append(n) or rj.fgsm()
-    )
-    config = multinorm_cifar.PRESETS["average"]
-    model = models.Model(lambda key, x: ({}, {}), None)
-    multinorm_cifar.build(dataclasses.replace(config, step_sizes=sizes), model)
-    assert calls == asked
+    monkeypatch.setattr(multinorm_cifar, "apgd_training", lambda n: f"APGD-{n}")
+    monkeypatch.setattr(multinorm_cifar, name, lambda *a, **k: calls.append(a))
+    config = dataclasses.replace(multinorm_cifar.PRESETS[name], step_sizes=sizes)
+    multinorm_cifar.build(config, None)
+    [(_, threats, attacks)] = calls
+    by_apgd = [t.norm for t, a in zip(threats, attacks, strict=True) if a == "APGD-3"]
+    assert by_apgd == ([] if sizes else [rj.l1(12).norm])
 
 
 def test_step_sizes_are_one_for_each_norm():

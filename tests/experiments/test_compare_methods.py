@@ -7,7 +7,7 @@ import pytest
 
 import robustjax as rj
 from experiments import compare_methods as experiment
-from experiments import comparison
+from experiments import comparison, contestants
 from experiments.contestants import CONTESTANTS, MULTINORM, Setting, chosen
 from robustjax.models import Model
 from robustjax.training import monitors
@@ -48,6 +48,20 @@ def test_every_method_spends_the_budget_up_to_one_update(tmp_path):
         ValueError, match=r"but madry takes 128 at once; give 1.3 times"
     ):
         experiment.updates("madry", poor)
+
+
+def test_what_versions_changed_is_in_the_rows(monkeypatch):
+    settings = {}
+    for name in ("fast", "nfgsm", "msd"):
+        monkeypatch.setattr(
+            contestants, name, lambda *a, name=name, **k: settings.update({name: k})
+        )
+        threats = {n: rj.threat(n, 1.0) for n in ("Linf", "L2", "L1")}
+        CONTESTANTS[name].build(Setting(Model(None, None), threats, 8, 1.0))
+    assert settings["fast"] == settings["nfgsm"] == {"bn_mode": "eval"}
+    msd = settings["msd"]
+    assert msd["num_steps"] == 7 and round(msd["density"] * 784) == 12
+    np.testing.assert_allclose(np.array(msd["step_sizes"]) * 7, [2.5, 3.75, 7.5])
 
 
 def test_flags_that_make_no_sense_are_refused(tmp_path):

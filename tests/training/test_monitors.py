@@ -1,5 +1,7 @@
 """Monitors against what is known of linear models, and in a run that collapses."""
 
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,12 +195,16 @@ def test_a_run_that_is_stopped_gives_the_best(train, tmp_path, folder, collapsed
         np.testing.assert_array_equal(loaded["kernel"], found.params["kernel"])
 
 
-def test_a_run_stopped_at_its_best_keeps_it(train, tmp_path):
+@pytest.mark.parametrize("stop_at", [4, 8])
+def test_a_run_stopped_at_its_first_look_keeps_it_and_says_so(stop_at, train, tmp_path):
     def validate(params, extra):
-        return {"robust_accuracy": 1.0, "stop": 1.0}
+        stop = float(int(extra["passes"]) == stop_at)
+        return {"robust_accuracy": 1.0 - 0.5 * stop, "stop": stop}
 
-    found = train(validate=validate, num_steps=12, out=tmp_path / "run")
+    log = io.StringIO()
+    found = train(validate=validate, num_steps=12, out=tmp_path / "run", log=log)
     assert found.metrics["step"] == 4 and int(found.extra["passes"]) == 4
+    assert ("the result is this step" in log.getvalue()) == (stop_at == 4)
 
 
 def test_norms_stand_in_the_rows(train, model, data):
