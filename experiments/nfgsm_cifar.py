@@ -7,7 +7,7 @@
 `small`: PreActResNet-18 of width 16, ten epochs, 39,000 of the first 40,000 training
 images; as many gradients as `fast_cifar`, and no collapse is expected at a large
 epsilon either; at 8/255 one of three trainings of three epochs collapsed in this mode
-of BatchNorm, and with `--bn-mode eval` did not (`compare_methods`, docs/results.md).
+of BatchNorm, with `--bn-mode eval` none of three (`compare_methods`, docs/results.md).
 Runs of three to four epochs were measured (docs/reproduce.md), `small` as a whole was
 NOT run here.
 

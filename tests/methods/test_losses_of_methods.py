@@ -653,11 +653,13 @@ def test_multinorm_refuses():
 def test_msd(bn_mode):
     """From x, each step the worst of three steepest moves; the highest loss is kept."""
     batch, x, train = inputs(), inputs().x, bn_mode == "batch"
+    sizes = (0.3, 0.4, 0.6)
     delta, chosen = jnp.zeros_like(x), []
     best, best_loss = jnp.zeros_like(x), jnp.zeros(ROWS)
     for _ in range(4):
         _, grad = slope_at(x + delta, train)
-        moves = jnp.stack([moved_in(i, x, delta, grad, 0.4) for i in range(3)])
+        moves = [moved_in(i, x, delta, grad, size) for i, size in enumerate(sizes)]
+        moves = jnp.stack(moves)
         losses = jnp.stack([slope_at(x + m, train)[0] for m in moves])
         chosen.append(losses.argmax(0))
         delta = moves[losses.argmax(0), jnp.arange(ROWS)]
@@ -670,7 +672,7 @@ def test_msd(bn_mode):
         logits, stats = net(params, statistics(), x + best, True)
         return nll(logits, batch.y), stats
 
-    options = {"num_steps": 4, "step_sizes": (0.4,) * 3, "density": 1 / SIZE}
+    options = {"num_steps": 4, "step_sizes": sizes, "density": 1 / SIZE}
     check(msd.msd(MODEL, balls(), bn_mode=bn_mode, **options), expected)
 
 
