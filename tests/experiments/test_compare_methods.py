@@ -185,7 +185,7 @@ def test_a_tiny_run_writes_everything_and_computes_nothing_twice(tmp_path, monke
     for one in first.values():
         assert one["gradients"] == 256 and one["cpu_seconds"] > 0
         assert 0 <= one["accuracy"]["Linf"] <= one["accuracy"]["clean"] <= 1
-    curves = tmp_path / "nets" / "fast_0" / "curves.png"
+    curves = tmp_path / "nets" / f"{experiment.versioned('fast')}_0" / "curves.png"
     assert curves.read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "table.md").read_text()
     assert "| fast" in text and "(2001.03994) |" in text
