@@ -388,7 +388,7 @@ def fit(
                 progress.validated(step, metrics, is_best, time.monotonic() - began)
                 if stopped:
                     note = f"validate asks to stop after step {step}"
-                    if best["step"] == step:
+                    if is_best:  # there was none before
                         note += (
                             ", the first that was validated: the result is this step; "
                             "a smaller checkpoint_every keeps one from before"
