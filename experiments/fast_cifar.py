@@ -10,9 +10,9 @@ where the method is known to overfit catastrophically (arXiv:2007.02617): traini
 points then resist FGSM and not PGD. After every epoch the monitor compares the two and
 warns; `--on-collapse stop` raises, `restore` ends the run. results.json says when
 (`collapsed_after`), and what the last epoch was like (`last`), since the measured
-checkpoint is the best one, from before, if there is one: `collapse` does it within the
-first epoch. `collapse` and a shorter `small` were measured (docs/reproduce.md), `small`
-as a whole was NOT run here.
+checkpoint is the best one, from before. There is none where the net collapses within
+the first epoch, as that of `collapse` did here. `collapse` and a shorter `small` were
+measured (docs/reproduce.md), `small` as a whole was NOT run here.
 
 `paper` has NOT been run here: it wants an accelerator. Published, not measured here:
 clean 86.06, PGD-50 with 10 restarts 46.06 in 12 minutes (the authors' README; their
