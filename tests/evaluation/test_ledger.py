@@ -1,4 +1,4 @@
-"""What a ledger keeps of a group. How a run goes on from it: test_suites.py."""
+"""What a ledger keeps of a group. How a run goes on from it: test_resume.py."""
 
 import numpy as np
 
