@@ -19,6 +19,7 @@ tables, the revisions, and what was not run. On CIFAR-10 at 6 gradients per imag
 `madry` has 0.413 clean, 0.250 robust, the two-step attack 0.483 and 0.293.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -161,18 +162,29 @@ def main(config: Config) -> dict[str, Any]:
 def prepare(config: Config) -> Task:
     """Data, net, threat models and budget."""
     recipe = RECIPES[config.dataset]._replace(clip_norm=config.clip_norm)
-    check_counts(batch_size=config.batch_size, num_seen=config.num_seen)
+    check_counts(
+        batch_size=config.batch_size,
+        num_seen=config.num_seen,
+        num_train=config.num_train,
+        num_test=config.num_test,
+        num_monitored=config.num_monitored,
+    )
+    if config.clip_norm is not None and not config.clip_norm > 0:
+        raise ValueError(f"clip_norm is {config.clip_norm}; give more than 0 or None.")
     if config.batch_size is not None:
         recipe = recipe._replace(batch_size=config.batch_size)
     splits = common.load_splits(
         *(config.dataset, config.data_dir, 0, config.num_monitored, config.num_test)
     )
     x, y = (part[: config.num_train] for part in splits.train[:2])
-    splits = splits._replace(train=splits.train._replace(x=x, y=y))
+    used = splits.used
+    if len(y) < len(splits.train.y):
+        used += f"; of the training images the first {len(y):,}"
+    splits = splits._replace(train=splits.train._replace(x=x, y=y), used=used)
     budget = config.gradients_per_image
     if budget is None:
         budget = recipe.gradients_per_image
-    if budget <= 0:
+    if not 0 < budget < math.inf:
         raise ValueError(f"gradients_per_image is {budget:g}; give a positive number.")
     threats = {n: rj.threat(n, BUDGETS[config.dataset][n]) for n in NORMS}
     model = common.build_model(recipe.model, config.dataset, splits.num_classes)
@@ -202,10 +214,11 @@ def updates(name: str, task: Task) -> int:
     per_group = one.gradients * one.multiple * task.recipe.batch_size
     groups = int(task.budget // per_group)
     if groups < 1:
+        more = math.ceil(100 * per_group / task.budget) / 100
         raise ValueError(
             f"gradients_per_image is {task.decides['gradients_per_image']:g}: "
             f"{task.budget:g} gradients, but {name} takes {per_group:g} at once; give "
-            f"{per_group / task.budget:.1f} times as many, or leave it out of methods."
+            f"{more:g} times as many, or leave it out of methods."
         )
     return groups * one.multiple
 

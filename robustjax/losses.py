@@ -81,7 +81,16 @@ def soft_cross_entropy(logits: Array, targets: Array) -> Array:
     >>> import jax.numpy as jnp
     >>> soft_cross_entropy(jnp.zeros((1, 2)), jnp.full((1, 2), 0.5))
     Array([0.693...], dtype=float32)
+
+    Raises:
+      ValueError: targets has another shape than logits (a column of labels `[B, 1]`
+        would be taken for probabilities of every class).
     """
+    if jnp.shape(targets) != jnp.shape(logits):
+        raise ValueError(
+            f"targets has shape {jnp.shape(targets)}, logits {jnp.shape(logits)}; give "
+            "[B] integer labels (y[:, 0] of a column) or [B, K] probabilities."
+        )
     return -jnp.sum(targets * jax.nn.log_softmax(finite(logits), axis=-1), axis=-1)
 
 

@@ -113,3 +113,8 @@ def test_one_hot_losses_use_no_sort():
         text = str(jax.make_jaxpr(loss)(z, y))
         assert "sort[" not in text
         assert "top_k[" not in text
+
+
+def test_a_column_of_labels_is_no_distribution():
+    with pytest.raises(ValueError, match=r"\(2, 1\).*y\[:, 0\]"):
+        losses.soft_cross_entropy(jnp.zeros((2, 3)), jnp.ones((2, 1), int))

@@ -45,7 +45,7 @@ def test_every_method_spends_the_budget_up_to_one_update(tmp_path):
     assert experiment.updates("madry", task) == 37_000 // (8 * 16)
     poor = task._replace(budget=100.0)
     with pytest.raises(
-        ValueError, match=r"but madry takes 128 at once; give 1.3 times"
+        ValueError, match=r"but madry takes 128 at once; give 1.28 times"
     ):
         experiment.updates("madry", poor)
 
@@ -68,6 +68,10 @@ def test_flags_that_make_no_sense_are_refused(tmp_path):
     for changes, message in (
         ({"batch_size": 0}, "batch_size is 0; give 1 or more"),
         ({"num_seen": 0}, "num_seen is 0; give 1 or more"),
+        ({"num_test": -3}, "num_test is -3; give 1 or more"),
+        ({"num_train": 0}, "num_train is 0; give 1 or more"),
+        ({"clip_norm": float("nan")}, "clip_norm is nan; give more than 0"),
+        ({"gradients_per_image": float("inf")}, "gradients_per_image is inf"),
         ({"seeds": (1, 0, 1)}, r"seeds is \(1, 0, 1\); give each once"),
     ):
         with pytest.raises(ValueError, match=message):
